@@ -1,0 +1,1 @@
+"""Run GGUF models through llama.cpp and never compute the same prompt prefix twice."""

@@ -1,0 +1,50 @@
+"""When a context is saved, and how it is cut."""
+
+from __future__ import annotations
+
+import attrs
+
+
+@attrs.frozen(kw_only=True)
+class SavePolicy:
+    """The save policy of a model: ``[cache]``, overridden by the model's ``policy`` table.
+
+    All counts are tokens.
+    """
+
+    min_tokens: int = 64
+    """Contexts shorter than this are not saved at all."""
+    cold_min_tokens: int = 64
+    """Prompts shorter than this are not saved while they are computed."""
+    cold_max_tokens: int | None = None
+    """No more than this much of a prompt is saved while it is computed. None: all of it."""
+    continued_interval: int = 256
+    """A reply is saved each time it has grown by this much. 0: only when it is finished."""
+    boundary_align_tokens: int = 256
+    """No stored block crosses a multiple of this; it is also the longest block."""
+    prefill_chunk_size: int | None = None
+    """Prompt tokens in one step, at most. None: a quarter of n_batch, 64 at least."""
+
+    def problems(self) -> list[tuple[str, str]]:
+        """What is wrong with the values, as (field, message); empty when nothing is."""
+        found: list[tuple[str, str]] = []
+        for name, least in (
+            ("min_tokens", 0),
+            ("cold_min_tokens", 0),
+            ("cold_max_tokens", 1),
+            ("continued_interval", 0),
+            ("boundary_align_tokens", 1),
+            ("prefill_chunk_size", 1),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                found.append((name, f"{value} is too small; at least {least}"))
+        if self.cold_max_tokens is not None and self.cold_max_tokens < self.cold_min_tokens:
+            found.append(
+                (
+                    "cold_max_tokens",
+                    f"{self.cold_max_tokens} is below cold_min_tokens ({self.cold_min_tokens}), "
+                    f"so no prompt would ever be saved",
+                )
+            )
+        return found

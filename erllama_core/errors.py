@@ -1,0 +1,232 @@
+"""Every error that erllama raises, in one tree.
+
+::
+
+    ErllamaError
+    ├── ConfigError (ValueError)          a configuration, every mistake of it
+    ├── PluginError
+    │   ├── PluginMissing (LookupError)   nothing provides that name
+    │   ├── PluginFailed                  a plugin raised, or broke its contract
+    │   ├── PluginUnavailable             installed, not usable on this machine
+    │   └── PluginDuplicate               two plugins claim one name
+    ├── ModelError
+    │   ├── ModelNotFound (LookupError)   no model is loaded under that id
+    │   ├── AlreadyLoaded                 a model is loaded under that id
+    │   └── ModelLoadError                the backend refused the model
+    ├── RequestError
+    │   ├── InvalidPrompt (ValueError)    no tokens, or ids outside the vocabulary
+    │   ├── PromptTooLong (ValueError)    the prompt does not fit the context
+    │   ├── TemplateError (ValueError)    the chat template refused the messages
+    │   ├── SeqCapacity                   no free sequence, and on_full="error"
+    │   ├── NotSupported                  this backend cannot do it
+    │   └── TimeoutExceeded (TimeoutError) the request's own time limit
+    ├── EngineError
+    │   ├── DecodeFailed                  the native decode failed
+    │   ├── StateRejected                 the native side refused a state
+    │   └── EngineClosed                  the engine or the model was closed
+    └── CacheError
+        ├── TierError                     a tier could not read or write
+        │   └── TierFull                  its quota or its device is full
+        ├── CorruptBlock                  a stored object is not what it claims
+        └── BlockNotFound (LookupError)   the object is not in that tier
+
+What a caller may want to act on is an attribute, not only text.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import attrs
+
+if TYPE_CHECKING:
+    from erllama_core.results import Completion
+
+
+class ErllamaError(Exception):
+    """Root of the tree."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that a mistyped one most likely meant, or None."""
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return matches[0] if matches else None
+
+
+def unknown_name(what: str, name: str, known: Iterable[str]) -> str:
+    """The sentence that every look-up by name ends in when it finds nothing."""
+    known = sorted(known)
+    guess = nearest(name, known)
+    hint = f"; did you mean {guess!r}?" if guess else ""
+    return f"unknown {what} {name!r}{hint} Known: {', '.join(known) or 'none'}."
+
+
+# --------------------------------------------------------------- configuration
+
+
+@attrs.frozen
+class ConfigProblem:
+    """One mistake: where it is, what was expected, what was probably meant."""
+
+    path: str
+    message: str
+    suggestion: str | None = None
+
+    def __str__(self) -> str:
+        hint = f" (did you mean {self.suggestion!r}?)" if self.suggestion else ""
+        return f"{self.path}: {self.message}{hint}"
+
+
+class ConfigError(ErllamaError, ValueError):
+    """A configuration cannot be used; ``problems`` holds every mistake found."""
+
+    def __init__(self, problems: Sequence[ConfigProblem], source: str | None = None) -> None:
+        self.problems = tuple(problems)
+        self.source = source
+        head = f"{source}: " if source else ""
+        lines = "\n".join(f"  {problem}" for problem in self.problems)
+        count = len(self.problems)
+        super().__init__(f"{head}{count} problem{'s' if count != 1 else ''}\n{lines}")
+
+
+# --------------------------------------------------------------------- plugins
+
+
+class PluginError(ErllamaError):
+    """Something about a plugin or a provider."""
+
+
+class PluginMissing(PluginError, LookupError):
+    """No installed plugin provides that name."""
+
+
+class PluginFailed(PluginError):
+    """A plugin raised, or did not keep to its contract; the cause is chained."""
+
+
+class PluginUnavailable(PluginError):
+    """The plugin is installed, but its probe says that it cannot work here."""
+
+
+class PluginDuplicate(PluginError):
+    """Two plugins claim one provider name; both are named, neither is used."""
+
+
+# ---------------------------------------------------------------------- models
+
+
+class ModelError(ErllamaError):
+    """Something about a loaded model."""
+
+
+class ModelNotFound(ModelError, LookupError):
+    """No model is loaded under that id."""
+
+
+class AlreadyLoaded(ModelError):
+    """A model is loaded under that id."""
+
+
+class ModelLoadError(ModelError):
+    """The model could not be loaded; ``reason`` is what the native side said."""
+
+    def __init__(self, message: str, *, reason: str | None = None) -> None:
+        self.reason = reason
+        super().__init__(f"{message}: {reason}" if reason else message)
+
+
+# -------------------------------------------------------------------- requests
+
+
+class RequestError(ErllamaError):
+    """This request cannot be served as asked; other requests are unaffected."""
+
+
+class InvalidPrompt(RequestError, ValueError):
+    """The prompt has no tokens, or ids that the vocabulary does not have."""
+
+
+class PromptTooLong(RequestError, ValueError):
+    """The prompt leaves no room in the context for one more token."""
+
+    def __init__(self, prompt_tokens: int, limit_tokens: int) -> None:
+        self.prompt_tokens = prompt_tokens
+        self.limit_tokens = limit_tokens
+        super().__init__(
+            f"the prompt has {prompt_tokens} tokens; a context of {limit_tokens} takes "
+            f"{limit_tokens - 1} at most and a reply of one. Shorten the prompt or load the "
+            f"model with a larger context_opts.n_ctx."
+        )
+
+
+class TemplateError(RequestError, ValueError):
+    """The chat template is missing, broken, or refused the messages."""
+
+
+class SeqCapacity(RequestError):
+    """Every sequence is busy and the request said ``on_full="error"``."""
+
+
+class NotSupported(RequestError):
+    """The model's backend does not have this ability."""
+
+
+class TimeoutExceeded(RequestError, TimeoutError):
+    """``timeout_s`` ran out; ``partial`` is what was done until then."""
+
+    def __init__(self, timeout_s: float, partial: Completion | None = None) -> None:
+        self.timeout_s = timeout_s
+        self.partial = partial
+        super().__init__(f"the request did not finish within timeout_s={timeout_s:g}")
+
+
+# ---------------------------------------------------------------------- engine
+
+
+class EngineError(ErllamaError):
+    """The model's worker could not go on with the request."""
+
+
+class DecodeFailed(EngineError):
+    """The native decode failed; ``code`` is its status."""
+
+    def __init__(self, message: str, *, code: int) -> None:
+        self.code = code
+        super().__init__(f"{message} (status {code})")
+
+
+class StateRejected(EngineError):
+    """The native side refused to export or import a state, or took only a part."""
+
+
+class EngineClosed(EngineError):
+    """The engine was closed, or the model unloaded, before the request ended."""
+
+
+# ----------------------------------------------------------------------- cache
+
+
+class CacheError(ErllamaError):
+    """Cache trouble; it never fails a request, which is computed instead."""
+
+
+class TierError(CacheError):
+    """A tier could not read or write; the cause is chained."""
+
+
+class TierFull(TierError):
+    """The tier's quota, or the device below it, has no room for the object."""
+
+
+class CorruptBlock(CacheError):
+    """A stored object is not what it claims to be; ``reason`` says in what."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(reason)
+
+
+class BlockNotFound(CacheError, LookupError):
+    """The object is not, or no longer, in that tier."""

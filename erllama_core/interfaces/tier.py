@@ -1,0 +1,140 @@
+"""What a cache tier is: a store of byte objects under their names.
+
+A tier knows no model and no tokens. It stores what it is given, gives back exactly that or
+raises, and never decides what to drop: the core chooses victims and calls ``delete``. The
+core also checks length, checksum and identity of everything that comes back, so a tier need
+not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol, runtime_checkable
+
+import attrs
+
+from erllama_core.interfaces.block import Bytes, ObjectId
+
+Allocate = Callable[[int], memoryview]
+"""Gives a writable memoryview of exactly so many bytes; the caller of ``read`` owns it."""
+
+
+@attrs.frozen
+class TierUsage:
+    """How full a tier is."""
+
+    used_bytes: int
+    quota_bytes: int | None
+    """None: bounded only by the device."""
+
+
+@attrs.frozen
+class ScannedObject:
+    """One object found by :meth:`Tier.scan`."""
+
+    object_id: ObjectId
+    head: bytes
+    """The object's first bytes, at least its whole header (``block.header_length``)."""
+    size_bytes: int
+    """Of the whole object as it is stored, which a damaged one may contradict."""
+    last_used_ns: int
+    """Wall clock, nanoseconds since the epoch: when it was last used, as far as known."""
+
+
+@attrs.frozen
+class ScanFailure:
+    """Something in the store that is not an object; ``location`` is for a person."""
+
+    location: str
+    reason: str
+
+
+class Tier(Protocol):
+    """A store of byte objects. Every method is called from several threads at once.
+
+    Methods may block (writer, loader and scan threads call them, a model's worker never
+    does). A failure is a ``TierError``; ``OSError`` from a careless tier is treated as one.
+    """
+
+    def put(self, object_id: ObjectId, parts: Sequence[Bytes], *, durable: bool = False) -> None:
+        """Store the concatenation of ``parts`` under ``object_id``, all or nothing.
+
+        Storing a name again is harmless: equal names have equal contents. ``parts`` are not
+        kept after the call. ``durable``: return only when a power cut cannot lose it, where
+        the tier can promise that. Raises TierFull when there is no room, TierError otherwise.
+        """
+        ...
+
+    def read(self, object_id: ObjectId, allocate: Allocate) -> memoryview:
+        """Fill a buffer from ``allocate`` with the whole object and return that buffer.
+
+        ``allocate`` is called once, with the object's size, and not before the object is
+        known to exist. Raises BlockNotFound, TierError.
+        """
+        ...
+
+    def delete(self, object_id: ObjectId) -> int:
+        """Remove the object; the bytes freed, 0 when it was not there. Raises TierError."""
+        ...
+
+    def contains(self, object_id: ObjectId) -> bool:
+        """Whether the object is there now; cheap (one ``stat``). Raises TierError."""
+        ...
+
+    def scan(self) -> Iterator[ScannedObject | ScanFailure]:
+        """Every stored object once, in any order, with its header.
+
+        Objects that come or go during the scan may be missed. What cannot be read is a
+        ScanFailure, never an exception that ends the scan.
+        """
+        ...
+
+    def usage(self) -> TierUsage:
+        """Bytes stored and the limit; O(1), no I/O."""
+        ...
+
+    def location(self, object_id: ObjectId) -> str:
+        """Where the object is or would be, for a person: a path, a key."""
+        ...
+
+    def close(self) -> None:
+        """Give back every resource. Idempotent; stored objects stay."""
+        ...
+
+
+class Pages(Protocol):
+    """Reference-counted pages of the core that hold one payload.
+
+    Made with one reference. ``view`` is valid while the holder has a reference.
+    """
+
+    @property
+    def view(self) -> memoryview: ...
+
+    def retain(self) -> None: ...
+
+    def release(self) -> None: ...
+
+
+@runtime_checkable
+class KeepsPages(Protocol):
+    """Optional ability of a tier in this process's memory: keep the core's pages, uncopied.
+
+    A tier that has it is never asked to ``put`` by the writer, and its objects are used
+    without a read or a checksum, since they never left the process.
+    """
+
+    def keep(self, object_id: ObjectId, head: bytes, pages: Pages) -> None:
+        """Keep ``pages`` (payload) and ``head`` (header) under ``object_id``.
+
+        The tier retains the pages and releases them on ``delete``. Keeping a name again is
+        harmless. Raises TierFull.
+        """
+        ...
+
+    def borrow(self, object_id: ObjectId) -> Pages:
+        """The payload's pages, retained for the caller, who must release them.
+
+        Raises BlockNotFound. O(1): a model's worker calls it.
+        """
+        ...

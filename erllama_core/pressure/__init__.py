@@ -1,0 +1,1 @@
+"""Memory pressure: the built-in source."""

@@ -1,0 +1,99 @@
+"""The records that plugin hooks return: what exists, how it is configured and made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NewType
+
+import attrs
+
+from erllama_core.interfaces.backend import BackendModel, BackendRequest
+from erllama_core.interfaces.pressure import PressureSource
+from erllama_core.interfaces.stream import StreamProcessor
+from erllama_core.interfaces.tier import Tier
+
+
+ByteSize = NewType("ByteSize", int)
+"""A number of bytes; in a configuration an integer, or a string with a unit: ``"50GiB"``.
+
+For fields of a provider's ``config`` class.
+"""
+
+
+@attrs.frozen
+class Available:
+    """A probe's answer: it can work on this machine."""
+
+
+@attrs.frozen
+class Unavailable:
+    """A probe's answer: it cannot, and what is missing, in words that help."""
+
+    reason: str
+
+
+Probe = Callable[[], Available | Unavailable]
+
+
+def always_available() -> Available:
+    """The probe of a provider that needs nothing from the machine."""
+    return Available()
+
+
+@attrs.frozen
+class NoOptions:
+    """The configuration of a provider that has none."""
+
+
+@attrs.frozen
+class BackendProvider:
+    """A way to run models. ``factory`` may take long; it runs on the loading thread.
+
+    ``config`` is an attrs class, structured by the core from a model's ``model_opts``.
+    """
+
+    name: str
+    summary: str
+    factory: Callable[[BackendRequest], BackendModel]
+    config: type[Any] = NoOptions
+    probe: Probe = always_available
+
+
+@attrs.frozen
+class TierProvider:
+    """A kind of tier. ``factory`` opens the store.
+
+    ``config`` is structured from the keys of a ``[[tiers]]`` table other than ``name`` and
+    ``kind``, and given to ``factory``.
+    """
+
+    name: str
+    summary: str
+    factory: Callable[[Any], Tier]
+    config: type[Any] = NoOptions
+    probe: Probe = always_available
+
+
+@attrs.frozen
+class PressureProvider:
+    """A pressure source. ``config`` is structured from ``[pressure.<name>]``."""
+
+    name: str
+    summary: str
+    factory: Callable[[Any], PressureSource]
+    config: type[Any] = NoOptions
+    probe: Probe = always_available
+
+
+@attrs.frozen
+class StreamProcessorProvider:
+    """A stream processor. ``factory`` is called once per request and must not block."""
+
+    name: str
+    summary: str
+    factory: Callable[[Any], StreamProcessor]
+    config: type[Any] = NoOptions
+    probe: Probe = always_available
+
+
+Provider = BackendProvider | TierProvider | PressureProvider | StreamProcessorProvider

@@ -1,0 +1,99 @@
+"""What requests give back: frozen records, shared by streams, models and the engine."""
+
+from __future__ import annotations
+
+from typing import Literal, NewType
+
+import attrs
+
+CacheKey = NewType("CacheKey", bytes)
+"""``key(n)``: 32 bytes that name the first n tokens of a context within a namespace."""
+
+HitKind = Literal["exact", "partial", "cold", "sticky", "continuation"]
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+@attrs.frozen
+class CacheDelta:
+    """Tokens that a request took from the cache, and tokens that it hands to it."""
+
+    read: int = 0
+    created: int = 0
+
+
+@attrs.frozen
+class CacheHit:
+    """The last look-up of a model: its kind and the tokens that it reused."""
+
+    kind: HitKind
+    prefix_len: int
+
+
+@attrs.frozen
+class Stats:
+    """How a request went. Durations are seconds; tokens are counts.
+
+    ``committed_tokens == prompt_tokens + completion_tokens``, the length of the context that
+    the request leaves behind.
+    """
+
+    prompt_tokens: int
+    completion_tokens: int
+    generated: tuple[int, ...]
+    committed_tokens: int
+    finish_key: CacheKey | None
+    """Names the whole context, when it will be saved; None when it is too short to be."""
+    finish_reason: FinishReason
+    cancelled: bool
+    cache_hit_kind: HitKind
+    cache_delta: CacheDelta
+    restored_bytes: int
+    """Bytes of stored state that were imported."""
+    queue_s: float
+    """From the call until a sequence was free."""
+    restore_s: float
+    """Reading, checking and importing stored state; 0.0 for a cold request."""
+    prefill_s: float
+    """Computing the part of the prompt that was not restored; 0.0 for an exact hit."""
+    first_token_s: float | None
+    """From the call until the first token was sampled; None when there was none."""
+    decode_s: float
+    """From the first token to the end of generation."""
+
+
+@attrs.frozen
+class Completion:
+    """A finished reply, and what it cost."""
+
+    reply: str
+    generated: tuple[int, ...]
+    context_tokens: tuple[int, ...]
+    """Prompt and reply as the model saw them."""
+    committed_tokens: int
+    finish_key: CacheKey | None
+    cache_hit_kind: HitKind
+    cache_delta: CacheDelta
+    finish_reason: FinishReason
+    stats: Stats
+
+
+@attrs.frozen
+class ModelInfo:
+    """A loaded model as an observer sees it; read without waiting for its worker."""
+
+    id: str
+    backend: str
+    description: str
+    """What the backend says of the weights, for a person."""
+    status: Literal["idle", "prefilling", "generating"]
+    context_size: int
+    n_ctx: int
+    n_seq_max: int
+    available_seqs: int
+    kv_class: str
+    n_vocab: int
+    fingerprint: str
+    """Hexadecimal."""
+    quant_type: str
+    quant_bits: int
+    tiers: tuple[str, ...]

@@ -1,0 +1,1 @@
+"""Tokens on their way out: the pipeline, its built-in processors, and the stream."""

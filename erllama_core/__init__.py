@@ -1,1 +1,59 @@
 """Run GGUF models through llama.cpp and never compute the same prompt prefix twice."""
+
+from erllama_core.cache.cache import Cache, Row
+from erllama_core.cache.catalog import Evicted
+from erllama_core.cache.counters import Counters
+from erllama_core.cache.meta import BlockMeta
+from erllama_core.cache.policy import SavePolicy
+from erllama_core.cache.tiers import NamedTier
+from erllama_core.config import EngineConfig, ModelConfig, load_config
+from erllama_core.engine import AsyncEngine, Engine, open_tier
+from erllama_core.host import PluginHost
+from erllama_core.interfaces.stream import Done, TextDelta
+from erllama_core.model.model import Model
+from erllama_core.prompt import Prompt
+from erllama_core.results import (
+    CacheDelta,
+    CacheHit,
+    CacheKey,
+    Completion,
+    ModelInfo,
+    Stats,
+)
+from erllama_core.stream.stream import Stream
+
+__all__ = [
+    "AsyncEngine",
+    "BlockMeta",
+    "Cache",
+    "CacheDelta",
+    "CacheHit",
+    "CacheKey",
+    "Completion",
+    "Counters",
+    "Done",
+    "Engine",
+    "EngineConfig",
+    "Evicted",
+    "Model",
+    "ModelConfig",
+    "ModelInfo",
+    "NamedTier",
+    "PluginHost",
+    "Prompt",
+    "Row",
+    "SavePolicy",
+    "Stats",
+    "Stream",
+    "TextDelta",
+    "load_config",
+    "open_tier",
+]
+
+
+def __getattr__(name: str) -> str:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("erllama-core")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

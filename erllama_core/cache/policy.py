@@ -40,11 +40,9 @@ class SavePolicy:
             if value is not None and value < least:
                 found.append((name, f"{value} is too small; at least {least}"))
         if self.cold_max_tokens is not None and self.cold_max_tokens < self.cold_min_tokens:
-            found.append(
-                (
-                    "cold_max_tokens",
-                    f"{self.cold_max_tokens} is below cold_min_tokens ({self.cold_min_tokens}), "
-                    f"so no prompt would ever be saved",
-                )
+            message = (
+                f"{self.cold_max_tokens} is below cold_min_tokens ({self.cold_min_tokens}), "
+                "so no prompt would ever be saved"
             )
+            found.append(("cold_max_tokens", message))
         return found

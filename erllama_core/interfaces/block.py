@@ -53,6 +53,7 @@ MAX_HEADER_BYTES: Final = 1 << 20
 _PRELUDE: Final = struct.Struct("<8sHHIQ16sII32s32s32sIIII")
 PRELUDE_BYTES: Final = _PRELUDE.size
 _CHECKSUM_BYTES: Final = 16
+_MAX_U32: Final = (1 << 32) - 1
 
 assert PRELUDE_BYTES == 160
 
@@ -80,6 +81,7 @@ _KIND_CODES: Final = {
     ObjectKind.REPLAY: 4,
 }
 _KINDS: Final = {code: kind for kind, code in _KIND_CODES.items()}
+_AT_ONE_POSITION: Final = (ObjectKind.SNAPSHOT, ObjectKind.LOGITS)
 
 
 @attrs.frozen(slots=True)
@@ -102,7 +104,7 @@ class ObjectId:
         if len(key) != KEY_BYTES or not (start.isascii() and start.isdigit()):
             raise ValueError(f"not an object name: {text!r}")
         object_id = cls(ObjectKind(kind), int(start), key)
-        if str(object_id) != text:
+        if object_id.start > _MAX_U32 or str(object_id) != text:
             raise ValueError(f"not an object name: {text!r}")
         return object_id
 
@@ -158,17 +160,23 @@ def encode_header(
     """The header of an object, padded so that the payload follows it directly.
 
     Reads all of ``payload`` for its checksum. Raises ValueError for fields that contradict
-    each other: what is written must be readable.
+    each other or do not fit their place, TypeError for an ``info`` that JSON has no words for:
+    what is written must be readable.
     """
-    if not 0 <= start <= end:
+    if not 0 <= start <= end <= _MAX_U32:
         raise ValueError(f"not a token range: [{start}, {end})")
+    if kind in _AT_ONE_POSITION and start != end:
+        raise ValueError(f"a {kind.value} stands at one position, not at [{start}, {end})")
+    if not 0 <= align_tokens <= _MAX_U32:
+        raise ValueError(f"not an alignment: {align_tokens} tokens")
     if len(tokens) != TOKEN_BYTES * (end - start):
         raise ValueError(f"{len(tokens)} bytes of tokens for the range [{start}, {end})")
     if any(len(digest) != KEY_BYTES for digest in (namespace, key, segment_key)):
         raise ValueError("namespace and keys are 32 bytes each")
     if len(lead_tokens) % TOKEN_BYTES or len(tokens) % TOKEN_BYTES:
         raise ValueError("tokens are packed u32")
-    text = json.dumps(dict(info), separators=(",", ":"), sort_keys=True).encode()
+    # NaN and infinities are Python's own extension of JSON; other readers would refuse them.
+    text = json.dumps(dict(info), separators=(",", ":"), sort_keys=True, allow_nan=False).encode()
     used = PRELUDE_BYTES + len(lead_tokens) + len(tokens) + len(text) + _CHECKSUM_BYTES
     header_bytes = -(-used // ALIGNMENT) * ALIGNMENT
     if header_bytes > MAX_HEADER_BYTES:
@@ -253,13 +261,18 @@ def decode_header(data: Bytes) -> Header:
         lead_end = PRELUDE_BYTES + TOKEN_BYTES * lead
         token_end = lead_end + token_bytes
         text_end = token_end + text_bytes
-        if start > end or text_end + _CHECKSUM_BYTES > header_bytes:
+        if (
+            start > end
+            or (kind in _AT_ONE_POSITION and start != end)
+            or text_end + _CHECKSUM_BYTES > header_bytes
+        ):
             raise CorruptBlock("header fields contradict each other")
         if checksum(view[:text_end]) != bytes(view[text_end : text_end + _CHECKSUM_BYTES]):
             raise CorruptBlock("header checksum differs")
         try:
-            info = json.loads(bytes(view[token_end:text_end]))
-        except ValueError as error:
+            # Decoded here: given bytes, json.loads guesses between UTF-8, UTF-16 and UTF-32.
+            info = json.loads(str(view[token_end:text_end], "utf-8"))
+        except (ValueError, RecursionError) as error:
             raise CorruptBlock("header text is not JSON") from error
         if not isinstance(info, dict):
             raise CorruptBlock("header text is not a JSON object")

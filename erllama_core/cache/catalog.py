@@ -1,0 +1,175 @@
+"""What every part of the cache shares: the index, the tiers behind it, one lock, the counts."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from typing import Final
+
+import attrs
+import structlog
+
+from erllama_core.cache.counters import CounterSet
+from erllama_core.cache.index import Copy, Entry, Index
+from erllama_core.cache.pages import PagePool
+from erllama_core.cache.tiers import NamedTier, TierStore
+from erllama_core.errors import CacheError, TierFull, unknown_name
+from erllama_core.interfaces.block import ObjectId
+from erllama_core.interfaces.tier import Pages
+
+log = structlog.get_logger("erllama.cache")
+
+
+@attrs.frozen
+class Evicted:
+    """What an eviction removed."""
+
+    rows: int
+    bytes: int
+
+
+class Catalog:
+    """Which tier has which object. Thread-safe.
+
+    ``lock`` guards the index and every entry; it is held for microseconds, never during I/O.
+    A tier is changed outside it, so an entry may for a moment promise a copy that is gone:
+    reading it is then a miss like any other.
+    """
+
+    def __init__(self, tiers: Sequence[NamedTier], pool: PagePool) -> None:
+        names = [tier.name for tier in tiers]
+        if len(set(names)) != len(names):
+            raise ValueError(f"two tiers have one name: {', '.join(names)}")
+        self.lock: Final = threading.RLock()
+        self.index: Final = Index()
+        self.counters: Final = CounterSet()
+        self.pool: Final = pool
+        self.stores: Final = {tier.name: TierStore(tier, self.counters) for tier in tiers}
+
+    def store(self, name: str) -> TierStore:
+        """The tier of that name. ValueError names the ones there are."""
+        store = self.stores.get(name)
+        if store is None:
+            raise ValueError(unknown_name("tier", name, self.stores))
+        return store
+
+    def get(self, object_id: ObjectId) -> Entry | None:
+        with self.lock:
+            return self.index.get(object_id)
+
+    def put(
+        self,
+        store: TierStore,
+        entry: Entry,
+        head: bytes,
+        payload: memoryview | Pages,
+        save_reason: str,
+        *,
+        durable: bool = False,
+    ) -> None:
+        """Store an object in a tier, making room first, and take note of it.
+
+        Pages are kept as they are by a tier that can. Raises CacheError.
+        """
+        object_id = entry.object_id
+        view = payload if isinstance(payload, memoryview) else payload.view
+        size = len(head) + len(view)
+
+        def write() -> None:
+            if store.keeps is not None and not isinstance(payload, memoryview):
+                store.keeps.keep(object_id, head, payload)
+            else:
+                store.tier.put(object_id, (head, view), durable=durable)
+
+        usage = store.tier.usage()
+        if usage.quota_bytes is not None:
+            if size > usage.quota_bytes:
+                raise TierFull(f"{size} bytes in a tier of {usage.quota_bytes}")
+            if usage.used_bytes + size > usage.quota_bytes:
+                self.evict(store, usage.used_bytes + size - usage.quota_bytes)
+        try:
+            store.attempt(write, "write")
+        except TierFull:
+            # Others filled it meanwhile, or the device is smaller than the quota.
+            if not self.evict(store, 2 * size).rows:
+                raise
+            store.attempt(write, "write")
+        self.counters.add("bytes_written", size)
+        self.add_copy(store, entry, size, time.time_ns(), save_reason)
+
+    def add_copy(
+        self, store: TierStore, entry: Entry, size: int, last_used_ns: int, save_reason: str
+    ) -> None:
+        """Take note that a tier has an object."""
+        with self.lock:
+            entry = self.index.add(entry)
+            if entry.copy_in(store) is None:
+                copy = Copy(store, size, last_used_ns, save_reason)
+                entry.copies.append(copy)
+                store.consider(entry, copy)
+
+    def forget_copy(self, store: TierStore, entry: Entry) -> None:
+        """A copy turned out to be gone: take it out, so that none looks again."""
+        with self.lock:
+            copy = entry.copy_in(store)
+            if copy is not None:
+                entry.copies.remove(copy)
+                self.drop_if_gone(entry)
+
+    def discard_corrupt(self, store: TierStore, object_id: ObjectId, reason: str) -> None:
+        """A copy is not what it claims to be: forget it, and remove it from its tier."""
+        self.counters.add("corrupt")
+        log.warning("object.corrupt", tier=store.name, object=str(object_id), reason=reason)
+        entry = self.get(object_id)
+        if entry is not None:
+            self.forget_copy(store, entry)
+        self._delete(store, object_id)
+
+    def drop_if_gone(self, entry: Entry) -> None:
+        """Forget an object that is nowhere any more. Under the lock."""
+        if not entry.copies and entry.pages is None:
+            self.index.remove(entry)
+
+    def touch(self, entries: Sequence[Entry]) -> None:
+        """Note that a context's objects, in its order, were used.
+
+        The later ones count as used a little earlier, so that eviction takes a context from
+        its end.
+        """
+        now = time.time_ns()
+        with self.lock:
+            for back, entry in enumerate(entries):
+                for copy in entry.copies:
+                    copy.last_used_ns = now - back
+                    copy.hits += 1
+
+    def evict(self, store: TierStore, n_bytes: int) -> Evicted:
+        """Free at least ``n_bytes`` in one tier, least worth first; less when no more can go."""
+        with self.lock:
+            victims = store.victims(n_bytes, lambda entry: self.index.has_dependants(entry, store))
+            for entry in victims:
+                self.drop_if_gone(entry)
+        freed = sum(self._delete(store, entry.object_id) for entry in victims)
+        if victims:
+            self.counters.add("evictions", len(victims))
+            log.debug("tier.evicted", tier=store.name, rows=len(victims), bytes=freed)
+        return Evicted(len(victims), freed)
+
+    def _delete(self, store: TierStore, object_id: ObjectId) -> int:
+        try:
+            return store.attempt(lambda: store.tier.delete(object_id), "delete")
+        except CacheError:
+            return 0
+
+    def close(self) -> None:
+        """Forget everything and close the tiers."""
+        with self.lock:
+            for entry in list(self.index):
+                self.index.remove(entry)
+        for store in self.stores.values():
+            try:
+                store.attempt(store.tier.close, "close")
+            except CacheError:
+                continue
+        self.pool.clear()

@@ -1,0 +1,70 @@
+"""What the cache counts; one lock, never held while anything else is done."""
+
+from __future__ import annotations
+
+import threading
+from typing import Literal
+
+import attrs
+
+SaveReason = Literal["cold", "continued", "finish", "evict", "shutdown"]
+
+
+@attrs.frozen(kw_only=True)
+class Counters:
+    """A copy of the counters at one moment. Durations are totals in nanoseconds."""
+
+    hits_exact: int = 0
+    """Look-ups that found all they asked for; loads that found their object."""
+    hits_longest_prefix: int = 0
+    """Look-ups that found a part."""
+    misses: int = 0
+    saves_cold: int = 0
+    """Objects handed over for writing, by the reason of the save."""
+    saves_continued: int = 0
+    saves_finish: int = 0
+    saves_evict: int = 0
+    saves_shutdown: int = 0
+    saves_dropped: int = 0
+    """Objects that were not saved: too many bytes in flight, or no tier had room."""
+    evictions: int = 0
+    corrupt: int = 0
+    """Objects that were not what they claimed to be; they were dropped."""
+    tier_errors: int = 0
+    """Failed tier operations."""
+    state_rejected: int = 0
+    """Restores that the backend refused."""
+    lookup_ns: int = 0
+    load_ns: int = 0
+    """From the first read to the last checksum, of loads that read from a tier."""
+    pack_ns: int = 0
+    """Copying state out of a context."""
+    tier_hits: dict[str, int] = attrs.field(factory=dict)
+    """Objects taken from each tier."""
+    bytes_written: int = 0
+    bytes_read: int = 0
+
+
+_NAMES = {field.name for field in attrs.fields(Counters)} - {"tier_hits"}
+
+
+class CounterSet:
+    """The live counters; thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._values = dict.fromkeys(_NAMES, 0)
+        self._tier_hits: dict[str, int] = {}
+
+    def add(self, name: str, amount: int = 1) -> None:
+        """Count. ``name`` is a field of :class:`Counters`."""
+        with self._lock:
+            self._values[name] += amount
+
+    def hit_tier(self, name: str) -> None:
+        with self._lock:
+            self._tier_hits[name] = self._tier_hits.get(name, 0) + 1
+
+    def snapshot(self) -> Counters:
+        with self._lock:
+            return Counters(tier_hits=dict(self._tier_hits), **self._values)

@@ -1,0 +1,154 @@
+"""Finding the longest stored prefix of a prompt, to the token."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Final
+
+import attrs
+
+from erllama_core.cache.index import Entry, Index, Segment
+from erllama_core.cache.keys import ContextKeys
+from erllama_core.cache.tiers import TierStore
+from erllama_core.interfaces.backend import KVClass
+from erllama_core.interfaces.block import ObjectId, ObjectKind
+
+
+@attrs.frozen
+class Piece:
+    """Cells [entry.start, stop) of a stored block."""
+
+    entry: Entry
+    stop: int
+
+
+@attrs.frozen
+class Match:
+    """What is stored of a prompt. Everything in it is in a tier that may be read."""
+
+    covered: int = 0
+    """Tokens of the prompt whose state is stored: where a save would go on."""
+    length: int = 0
+    """Tokens to restore; below ``covered`` when one must be computed to sample from."""
+    pieces: tuple[Piece, ...] = ()
+    """The ranges to import, in order, for ``length`` tokens."""
+    snapshot: Entry | None = None
+    """The snapshot at ``length``, for the classes that need one."""
+    mark: Entry | None = None
+    """The logits at ``length``; then ``length`` is the whole prompt."""
+
+
+class Finder:
+    """Walks an index for one model: its KV class and the tiers that it may read.
+
+    The caller holds the cache's lock.
+    """
+
+    def __init__(self, index: Index, kv_class: KVClass, tiers: Collection[TierStore]) -> None:
+        self._index: Final = index
+        self._class: Final = kv_class
+        self._tiers: Final = frozenset(tiers)
+
+    def readable(self, entry: Entry) -> bool:
+        """Whether the object can be had: from a buffer, or a tier of this model."""
+        return entry.pages is not None or any(c.tier in self._tiers for c in entry.copies)
+
+    def find(self, keys: ContextKeys, may_sample: bool) -> Match:
+        """The longest stored prefix of the whole context ``keys``.
+
+        ``may_sample``: whether a mark would do for this request's sampling. Without one the
+        last token is left to compute, as its logits are needed.
+        """
+        n = len(keys)
+        covered, pieces = (0, []) if self._class is KVClass.WHOLE else self.chain(keys, n)
+        mark = self._mark(keys, n) if may_sample else None
+        if self._class is KVClass.SPAN:
+            if mark is not None and covered == n:
+                return Match(n, n, tuple(pieces), None, mark)
+            length = min(covered, n - 1)
+            return Match(covered, length, _cut(pieces, length))
+        reach = n if self._class is KVClass.WHOLE else covered
+        stands_at = self._snapshot(keys, reach if mark is not None else min(reach, n - 1))
+        if stands_at is None:
+            return Match(covered=covered)
+        length = stands_at.end
+        at_end = mark if length == n else None
+        return Match(covered, length, _cut(pieces, length), stands_at, at_end)
+
+    def chain(self, keys: ContextKeys, n: int, start: int = 0) -> tuple[int, list[Piece]]:
+        """How far blocks cover the first ``n`` tokens, from an aligned ``start`` on; by what."""
+        pieces: list[Piece] = []
+        position = start
+        while position < n:
+            segment = self._index.segment(keys.key(position))
+            if segment is None:
+                break
+            tokens = keys.slice(position, min(n, position + keys.align_tokens))
+            reached = self._walk_segment(segment, position, tokens, keys, pieces)
+            if reached < position + keys.align_tokens:
+                return reached, pieces
+            position = reached
+        return position, pieces
+
+    def _walk_segment(
+        self,
+        segment: Segment,
+        position: int,
+        tokens: bytes,
+        keys: ContextKeys,
+        pieces: list[Piece],
+    ) -> int:
+        nearest = segment.nearest_block(tokens)
+        if nearest is None:
+            return position
+        entry: Entry | None
+        entry, shared = nearest
+        stop = position + shared
+        found: list[Piece] = []
+        while entry is not None:
+            found.append(Piece(entry, stop))
+            stop = entry.start
+            entry = entry.parent
+        end = position
+        for piece in reversed(found):
+            if not (self.readable(piece.entry) and _belongs(piece.entry, keys)):
+                break
+            pieces.append(piece)
+            end = piece.stop
+        return end
+
+    def _mark(self, keys: ContextKeys, n: int) -> Entry | None:
+        entry = self._index.get(ObjectId(ObjectKind.LOGITS, n, keys.key(n)))
+        return entry if entry is not None and self.readable(entry) else None
+
+    def _snapshot(self, keys: ContextKeys, reach: int) -> Entry | None:
+        """The last readable snapshot along the context, at ``reach`` or before."""
+        position = keys.segment_start(reach)
+        while reach > 0:
+            segment = self._index.segment(keys.key(position))
+            if segment is not None:
+                for entry in segment.nearest_snapshot(keys.slice(position, reach)):
+                    if self.readable(entry) and entry.object_id.key == keys.key(entry.end):
+                        return entry
+            reach = position
+            position = keys.segment_start(reach)
+        return None
+
+
+def _belongs(entry: Entry, keys: ContextKeys) -> bool:
+    """Whether the block's name is what its tokens after this context's beginning make it.
+
+    A header's checksum finds damage; this finds a block that stands in the wrong place.
+    """
+    if entry.tokens == keys.slice(entry.start, entry.end):
+        return entry.object_id.key == keys.key(entry.end)
+    return entry.object_id.key == keys.key_with(entry.start, entry.tokens)
+
+
+def _cut(pieces: list[Piece], length: int) -> tuple[Piece, ...]:
+    """The pieces of the first ``length`` tokens."""
+    return tuple(
+        piece if piece.stop <= length else Piece(piece.entry, length)
+        for piece in pieces
+        if piece.entry.start < length
+    )

@@ -1,0 +1,183 @@
+"""The cache as one model sees it: its namespace, its tiers, its way of cutting state."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from erllama_core.cache.cache import Cache
+from erllama_core.cache.index import Entry
+from erllama_core.cache.keys import ContextKeys, salted
+from erllama_core.cache.loader import Fetch
+from erllama_core.cache.lookup import Finder, Match
+from erllama_core.cache.marks import MARK_SIZE, encode_mark
+from erllama_core.cache.pages import PooledPages
+from erllama_core.cache.writer import Draft
+from erllama_core.interfaces.backend import KVClass, Mark
+from erllama_core.interfaces.block import ObjectId, ObjectKind
+
+
+class ModelSpace:
+    """Look-ups and saves of one model. Called by its worker; nothing here does I/O."""
+
+    def __init__(
+        self,
+        cache: Cache,
+        *,
+        namespace: bytes,
+        kv_class: KVClass,
+        tiers: Sequence[str],
+        align_tokens: int,
+    ) -> None:
+        self._cache: Final = cache
+        self._catalog: Final = cache.catalog
+        self._namespace: Final = namespace
+        self._tiers: Final = tuple(cache.catalog.store(name) for name in tiers)
+        self._finder: Final = Finder(cache.catalog.index, kv_class, self._tiers)
+        nearest = self._tiers[0] if self._tiers else None
+        self._promote_to: Final = (
+            nearest if nearest is not None and nearest.keeps is not None else None
+        )
+        self.kv_class: Final = kv_class
+        self.align_tokens: Final = align_tokens
+        self.mark_size: Final = MARK_SIZE if kv_class is KVClass.SPAN else None
+        """Logits kept of a mark. All of them where no token can be computed again."""
+
+    @property
+    def has_tiers(self) -> bool:
+        """Whether there is anywhere to save to."""
+        return bool(self._tiers)
+
+    def keys(self, tokens: bytearray, salt: str | None) -> ContextKeys:
+        """The keys of a context that will grow; ``tokens`` stays the caller's."""
+        return ContextKeys(salted(self._namespace, salt), tokens, self.align_tokens)
+
+    # ------------------------------------------------------------------ finding
+
+    def find(self, keys: ContextKeys, *, may_sample: bool) -> Match:
+        """The longest stored prefix of a prompt, counted as a hit or a miss.
+
+        ``may_sample``: whether the request could sample its first token from a mark.
+        """
+        started = time.perf_counter_ns()
+        with self._catalog.lock:
+            match = self._finder.find(keys, may_sample)
+        self._catalog.counters.add("lookup_ns", time.perf_counter_ns() - started)
+        return match
+
+    def count(self, match: Match | None, n: int) -> None:
+        """Count what a request ended up with: ``match`` restored, of ``n`` tokens, or None."""
+        if match is None or not match.length:
+            self._catalog.counters.add("misses")
+            return
+        self._catalog.counters.add("hits_exact" if match.length == n else "hits_longest_prefix")
+        self._catalog.touch(_used(match))
+
+    def count_rejected(self) -> None:
+        """Count a restore that the backend refused."""
+        self._catalog.counters.add("state_rejected")
+
+    def fetch(self, match: Match, done: Callable[[Fetch], None]) -> Fetch | None:
+        """The state of a match; at once, or later through ``done`` on another thread."""
+        return self._cache.fetch(match, self._tiers, self._promote_to, done)
+
+    @property
+    def is_scanned(self) -> bool:
+        return self._cache.is_scanned
+
+    def when_scanned(self, timeout_s: float, then: Callable[[], None]) -> None:
+        """See :meth:`Cache.when_scanned`."""
+        self._cache.when_scanned(timeout_s, then)
+
+    # ------------------------------------------------------------------- saving
+
+    def next_block(self, keys: ContextKeys, start: int, end: int) -> tuple[int, int] | None:
+        """The first run in [start, end) that no block covers; None when all is covered.
+
+        Everything before ``start`` must be covered.
+        """
+        with self._catalog.lock:
+            aligned = start // self.align_tokens * self.align_tokens
+            covered, _ = self._finder.chain(keys, end, aligned)
+        position = max(start, covered)
+        if position >= end:
+            return None
+        limit = (position // self.align_tokens + 1) * self.align_tokens
+        return position, min(limit, end)
+
+    def has_snapshot(self, keys: ContextKeys, position: int) -> bool:
+        return self._has(ObjectKind.SNAPSHOT, keys, position)
+
+    def has_mark(self, keys: ContextKeys, position: int) -> bool:
+        return self._has(ObjectKind.LOGITS, keys, position)
+
+    def _has(self, kind: ObjectKind, keys: ContextKeys, position: int) -> bool:
+        object_id = ObjectId(kind, position, keys.key(position))
+        with self._catalog.lock:
+            entry = self._catalog.index.get(object_id)
+            return entry is not None and self._finder.readable(entry)
+
+    def reserve(self, size: int) -> PooledPages | None:
+        """Pages to copy state into; None when too much is on its way already."""
+        return self._cache.reserve(size)
+
+    def forgo(self, pages: PooledPages) -> None:
+        """Give pages back, unsaved."""
+        self._cache.forgo(pages)
+
+    def submit_block(
+        self, keys: ContextKeys, start: int, end: int, pages: PooledPages, reason: str
+    ) -> None:
+        """Store the cells [start, end), copied into ``pages``, which are handed over."""
+        self._submit(ObjectKind.KV, keys, start, end, pages, reason)
+
+    def submit_snapshot(
+        self, keys: ContextKeys, position: int, pages: PooledPages, reason: str
+    ) -> None:
+        """Store the snapshot at ``position``, copied into ``pages``, which are handed over."""
+        self._submit(ObjectKind.SNAPSHOT, keys, position, position, pages, reason)
+
+    def submit_mark(self, keys: ContextKeys, position: int, mark: Mark, reason: str) -> None:
+        """Store the logits after the first ``position`` tokens."""
+        payload = encode_mark(mark)
+        pages = self._cache.reserve(len(payload))
+        if pages is not None:
+            pages.view[:] = payload
+            self._submit(ObjectKind.LOGITS, keys, position, position, pages, reason)
+
+    def touch(self, keys: ContextKeys, n: int) -> None:
+        """Note that the first ``n`` tokens of a context were in use until now."""
+        with self._catalog.lock:
+            _, pieces = self._finder.chain(keys, n)
+            self._catalog.touch([piece.entry for piece in pieces])
+
+    def add_pack_time(self, nanoseconds: int) -> None:
+        """Account for copying state out of a context."""
+        self._catalog.counters.add("pack_ns", nanoseconds)
+
+    def _submit(
+        self,
+        kind: ObjectKind,
+        keys: ContextKeys,
+        start: int,
+        end: int,
+        pages: PooledPages,
+        reason: str,
+    ) -> None:
+        segment_start = keys.segment_start(end)
+        entry = Entry(
+            ObjectId(kind, start, keys.key(end)),
+            end,
+            keys.namespace,
+            keys.key(segment_start),
+            keys.slice(segment_start, start),
+            keys.slice(start, end),
+        )
+        self._cache.submit(Draft(entry, pages, self._tiers, reason, self.align_tokens))
+
+
+def _used(match: Match) -> list[Entry]:
+    entries = [piece.entry for piece in match.pieces]
+    entries.extend(e for e in (match.snapshot, match.mark) if e is not None)
+    return entries

@@ -1,0 +1,396 @@
+"""The engine: plugin host, cache and loaded models of one process."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import functools
+import itertools
+import os
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, Self, Unpack
+
+import structlog
+
+from erllama_core.cache.cache import Cache
+from erllama_core.cache.tiers import NamedTier
+from erllama_core.config import (
+    EngineConfig,
+    ModelConfig,
+    TierConfig,
+    load_config,
+    model_config,
+    not_yet_effective,
+    structure_options,
+)
+from erllama_core.errors import (
+    AlreadyLoaded,
+    CacheError,
+    ConfigError,
+    ConfigProblem,
+    EngineClosed,
+    ModelNotFound,
+    unknown_name,
+)
+from erllama_core.host import PluginHost
+from erllama_core.interfaces.stream import StreamProcessor
+from erllama_core.model.loading import open_model
+from erllama_core.model.model import Model, PromptLike
+from erllama_core.model.options import RequestKwargs
+from erllama_core.prompt import Prompt
+from erllama_core.providers import NoOptions
+from erllama_core.results import Completion, ModelInfo
+from erllama_core.stream.stream import Stream
+
+log = structlog.get_logger("erllama.engine")
+
+ModelRef = str | Model
+"""A loaded model, or its id."""
+
+
+class Engine:
+    """One per process; thread-safe; a context manager.
+
+    ``config`` decides tiers, cache and plugins; its models are loaded by
+    :meth:`from_config`. A tier that cannot be opened is left out with a warning: what would
+    have been stored there is computed again instead.
+    """
+
+    def __init__(
+        self, config: EngineConfig | None = None, *, plugins: PluginHost | None = None
+    ) -> None:
+        self._pid: Final = os.getpid()
+        self._config: Final = EngineConfig() if config is None else config
+        self.plugins: Final = (
+            PluginHost(allow=self._config.plugins.allow, block=self._config.plugins.block)
+            if plugins is None
+            else plugins
+        )
+        for path in not_yet_effective(self._config):
+            log.warning("config.no_effect_yet", path=path)
+        settings = self._config.cache
+        self._cache: Final = Cache(
+            self._open_tiers(),
+            max_inflight_bytes=settings.max_inflight_bytes,
+            writer_threads=settings.writer_threads,
+            loader_threads=settings.loader_threads,
+        )
+        self._lock: Final = threading.Lock()
+        self._models: Final[dict[str, Model]] = {}
+        self._loading: Final[set[str]] = set()
+        self._ids: Final = itertools.count(1)
+        self._closed = False
+        self.aio: Final = AsyncEngine(self)
+        # What is still in save buffers when a program ends without closing is written.
+        self._at_exit: Final = functools.partial(_close_at_exit, weakref.ref(self), self._pid)
+        atexit.register(self._at_exit)
+
+    @classmethod
+    def from_config(
+        cls, source: str | Path | Mapping[str, Any], *, plugins: PluginHost | None = None
+    ) -> Engine:
+        """An engine with the tiers and the models of a file, or of the same structure.
+
+        Raises ConfigError with every mistake, ModelLoadError; nothing is left running then.
+        """
+        config = load_config(source)
+        engine = cls(config, plugins=plugins)
+        try:
+            for model_id, model in config.models.items():
+                engine.load_model(model_id, model)
+        except BaseException:
+            engine.close()
+            raise
+        return engine
+
+    def _open_tiers(self) -> list[NamedTier]:
+        opened: list[NamedTier] = []
+        try:
+            for number, tier in enumerate(self._config.tiers):
+                try:
+                    opened.append(open_tier(self.plugins, tier, path=f"tiers[{number}]"))
+                except (CacheError, OSError) as error:
+                    log.warning("tier.not_opened", tier=tier.name, kind=tier.kind, error=str(error))
+        except BaseException:
+            for named in opened:
+                named.tier.close()
+            raise
+        return opened
+
+    # ------------------------------------------------------------------- models
+
+    def load_model(
+        self, model_id: str | None = None, config: ModelConfig | None = None, **options: Any
+    ) -> Model:
+        """Load a model; blocks until it can take requests.
+
+        ``options`` are the keys of a ``[models.<id>]`` table, instead of a ``config``. The id
+        is made up when none is given. Raises AlreadyLoaded, ModelLoadError, ConfigError,
+        PluginError.
+        """
+        self._check_open()
+        if config is not None and options:
+            raise TypeError("give load_model a config or single options, not both")
+        chosen = model_config(options) if config is None else config
+        name = f"{chosen.backend}-{next(self._ids)}" if model_id is None else model_id
+        with self._lock:
+            if name in self._models or name in self._loading:
+                raise AlreadyLoaded(f"a model is loaded as {name!r}; unload it or use another id")
+            self._loading.add(name)
+        try:
+            provider = self.plugins.get("backend", chosen.backend)
+            parts = open_model(
+                name,
+                chosen,
+                provider,
+                structure_options(provider.config, chosen.model_opts, "model_opts"),
+                cache=self._cache,
+                tiers=self._usable_tiers(chosen),
+                policy=self._config.policy_for(chosen),
+                processors=self._processors,
+            )
+            model = Model(parts, self.unload)
+            with self._lock:
+                if not self._closed:
+                    self._models[name] = model
+                    return model
+            model.close()
+            raise EngineClosed("the engine was closed while the model was loading")
+        finally:
+            with self._lock:
+                self._loading.discard(name)
+
+    def _usable_tiers(self, config: ModelConfig) -> list[str]:
+        """The model's tiers that are open; one that was never configured is a mistake."""
+        configured = {tier.name for tier in self._config.tiers}
+        for number, name in enumerate(config.tier):
+            if name not in configured:
+                message = unknown_name("tier", name, configured)
+                raise ConfigError([ConfigProblem(f"tier[{number}]", message)])
+        opened = self._cache.tier_names()
+        return [name for name in config.tier if name in opened]
+
+    def _processors(self) -> Sequence[StreamProcessor]:
+        return [self.plugins.get("processor", "utf8").factory(NoOptions())]
+
+    def model(self, model_id: str) -> Model:
+        """The model loaded under an id. Raises ModelNotFound."""
+        return self._resolve(model_id)
+
+    def unload(self, model: ModelRef) -> None:
+        """End a model's requests with EngineClosed and free it. Unknown is a no-op."""
+        name = model if isinstance(model, str) else model.id
+        with self._lock:
+            found = self._models.get(name)
+            if found is None or (isinstance(model, Model) and found is not model):
+                return
+            del self._models[name]
+        found.close()
+
+    def models(self) -> list[ModelInfo]:
+        """Every loaded model."""
+        with self._lock:
+            loaded = list(self._models.values())
+        return [model.info() for model in loaded]
+
+    def model_info(self, model: ModelRef) -> ModelInfo:
+        """One loaded model. Raises ModelNotFound."""
+        return self._resolve(model).info()
+
+    # ----------------------------------------------------------------- requests
+
+    def complete(
+        self, model: ModelRef, prompt: PromptLike, **options: Unpack[RequestKwargs]
+    ) -> Completion:
+        """See :meth:`Model.complete`."""
+        return self._resolve(model).complete(prompt, **options)
+
+    def infer(
+        self, model: ModelRef, prompt: PromptLike, **options: Unpack[RequestKwargs]
+    ) -> Stream:
+        """See :meth:`Model.infer`."""
+        return self._resolve(model).infer(prompt, **options)
+
+    def cancel(self, stream: Stream) -> None:
+        """End a request at its next token; ``Done`` still comes. Idempotent."""
+        stream.cancel()
+
+    def tokenize(
+        self,
+        model: ModelRef,
+        text: str,
+        *,
+        add_bos: bool | None = None,
+        parse_special: bool = True,
+    ) -> Prompt:
+        """See :meth:`Model.tokenize`."""
+        return self._resolve(model).tokenize(text, add_bos=add_bos, parse_special=parse_special)
+
+    def detokenize(self, model: ModelRef, tokens: Sequence[int]) -> str:
+        """See :meth:`Model.detokenize`."""
+        return self._resolve(model).detokenize(tokens)
+
+    def apply_chat_template(
+        self,
+        model: ModelRef,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Any] | None = None,
+        documents: Sequence[Any] | None = None,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> Prompt:
+        """See :meth:`Model.apply_chat_template`."""
+        return self._resolve(model).apply_chat_template(
+            messages,
+            tools=tools,
+            documents=documents,
+            add_generation_prompt=add_generation_prompt,
+            **variables,
+        )
+
+    def embed(self, model: ModelRef, prompt: PromptLike) -> list[float]:
+        """See :meth:`Model.embed`."""
+        return self._resolve(model).embed(prompt)
+
+    # ---------------------------------------------------------------- lifecycle
+
+    @property
+    def cache(self) -> Cache:
+        """The cache that all models share."""
+        return self._cache
+
+    @property
+    def config(self) -> EngineConfig:
+        """What the engine was made with."""
+        return self._config
+
+    def close(self) -> None:
+        """Save what runs, answer every caller, free models and tiers. Idempotent."""
+        self._check_fork()
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            loaded = list(self._models.values())
+            self._models.clear()
+        for model in loaded:
+            model.close()
+        self._cache.close()
+        atexit.unregister(self._at_exit)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _resolve(self, model: ModelRef) -> Model:
+        self._check_open()
+        if isinstance(model, Model):
+            return model
+        with self._lock:
+            found = self._models.get(model)
+            loaded = list(self._models)
+        if found is None:
+            raise ModelNotFound(unknown_name("model", model, loaded))
+        return found
+
+    def _check_open(self) -> None:
+        self._check_fork()
+        if self._closed:
+            raise EngineClosed("the engine is closed")
+
+    def _check_fork(self) -> None:
+        if os.getpid() != self._pid:
+            raise EngineClosed(
+                "this engine was made before the process forked, and its threads are the "
+                "parent's; make one after the fork"
+            )
+
+
+class AsyncEngine:
+    """The engine's blocking calls for coroutines: the same names and arguments.
+
+    What blocks runs on a thread; cancelling a task cancels its request.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine: Final[weakref.ReferenceType[Engine]] = weakref.ref(engine)
+
+    @property
+    def _sync(self) -> Engine:
+        engine = self._engine()
+        if engine is None:
+            raise EngineClosed("the engine is gone")
+        return engine
+
+    async def load_model(
+        self, model_id: str | None = None, config: ModelConfig | None = None, **options: Any
+    ) -> Model:
+        """See :meth:`Engine.load_model`."""
+        return await asyncio.to_thread(self._sync.load_model, model_id, config, **options)
+
+    async def unload(self, model: ModelRef) -> None:
+        """See :meth:`Engine.unload`."""
+        await asyncio.to_thread(self._sync.unload, model)
+
+    async def complete(
+        self, model: ModelRef, prompt: PromptLike, **options: Unpack[RequestKwargs]
+    ) -> Completion:
+        """See :meth:`Engine.complete`."""
+        stream = await self.infer(model, prompt, **options)
+        return await stream.result_async()
+
+    async def infer(
+        self, model: ModelRef, prompt: PromptLike, **options: Unpack[RequestKwargs]
+    ) -> Stream:
+        """See :meth:`Engine.infer`; the stream is an async iterator too."""
+        return await asyncio.to_thread(self._sync.infer, model, prompt, **options)
+
+    async def embed(self, model: ModelRef, prompt: PromptLike) -> list[float]:
+        """See :meth:`Engine.embed`."""
+        return await asyncio.to_thread(self._sync.embed, model, prompt)
+
+    async def tokenize(
+        self,
+        model: ModelRef,
+        text: str,
+        *,
+        add_bos: bool | None = None,
+        parse_special: bool = True,
+    ) -> Prompt:
+        """See :meth:`Engine.tokenize`."""
+        return await asyncio.to_thread(
+            self._sync.tokenize, model, text, add_bos=add_bos, parse_special=parse_special
+        )
+
+    async def apply_chat_template(
+        self, model: ModelRef, messages: Sequence[Mapping[str, Any]], **arguments: Any
+    ) -> Prompt:
+        """See :meth:`Engine.apply_chat_template`."""
+        return await asyncio.to_thread(self._sync.apply_chat_template, model, messages, **arguments)
+
+    async def close(self) -> None:
+        """See :meth:`Engine.close`."""
+        await asyncio.to_thread(self._sync.close)
+
+
+def open_tier(plugins: PluginHost, config: TierConfig, *, path: str = "") -> NamedTier:
+    """A tier as its table describes it, for an engine or for a :class:`Cache` alone.
+
+    ``path`` goes before the paths of configuration problems. Raises ConfigError, PluginError,
+    TierError.
+    """
+    provider = plugins.get("tier", config.kind)
+    options = structure_options(provider.config, config.options, path)
+    return NamedTier(config.name, config.kind, provider.factory(options))
+
+
+def _close_at_exit(engine: weakref.ReferenceType[Engine], pid: int) -> None:
+    alive = engine()
+    if alive is not None and os.getpid() == pid:
+        alive.close()

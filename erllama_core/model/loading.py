@@ -1,0 +1,159 @@
+"""From a model's configuration to a running worker."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from erllama_core.cache.cache import Cache
+from erllama_core.cache.keys import digest_fields
+from erllama_core.cache.policy import SavePolicy
+from erllama_core.cache.space import ModelSpace
+from erllama_core.config import ModelConfig
+from erllama_core.errors import ConfigError, ConfigProblem, ErllamaError, ModelLoadError
+from erllama_core.interfaces.backend import (
+    BackendModel,
+    BackendRequest,
+    Context,
+    Quantisation,
+)
+from erllama_core.interfaces.stream import StreamProcessor
+from erllama_core.model.fingerprint import file_fingerprint
+from erllama_core.model.model import ModelParts
+from erllama_core.model.worker import Worker
+from erllama_core.providers import BackendProvider
+
+NO_FILE: Final = bytes(32)
+"""Fingerprint of a model without a file; its backend's identity says what it is."""
+
+
+def open_model(
+    model_id: str,
+    config: ModelConfig,
+    provider: BackendProvider,
+    options: Any,
+    *,
+    cache: Cache,
+    tiers: Sequence[str],
+    policy: SavePolicy,
+    processors: Callable[[], Sequence[StreamProcessor]],
+) -> ModelParts:
+    """Load the weights, open the context on a worker of its own, and join it to the cache.
+
+    Blocks until the model can take requests. Raises ModelLoadError, ConfigError; nothing is
+    left behind then.
+    """
+    path = None if config.model_path is None else _model_file(config.model_path)
+    fingerprint = _fingerprint(config, path)
+    backend = _call_factory(
+        provider, BackendRequest(model_path=path, options=options, context=config.context_opts)
+    )
+    try:
+        quantisation = _quantisation(config, backend)
+
+        def open_space(context: Context) -> ModelSpace:
+            longest = policy.boundary_align_tokens
+            if context.max_block_tokens is not None:
+                longest = min(longest, context.max_block_tokens)
+            namespace = digest_fields(
+                "model",
+                {
+                    **{f"backend.{name}": value for name, value in backend.identity().items()},
+                    "fingerprint": fingerprint,
+                    "fingerprint_mode": config.fingerprint_mode,
+                    "quant_type": quantisation.type,
+                    "quant_bits": quantisation.bits,
+                    "ctx_params_hash": config.ctx_params_hash,
+                    "kv_class": context.kv_class.value,
+                    "align_tokens": longest,
+                },
+            )
+            return ModelSpace(
+                cache,
+                namespace=namespace,
+                kv_class=context.kv_class,
+                tiers=tiers,
+                align_tokens=longest,
+            )
+
+        worker = Worker(model_id, backend, open_space, policy)
+        context = worker.start()
+    except BaseException:
+        backend.close()
+        raise
+    try:
+        context_size = _context_size(config, context)
+    except ErllamaError:
+        worker.close()
+        backend.close()
+        raise
+    return ModelParts(
+        id=model_id,
+        backend_name=config.backend,
+        backend=backend,
+        worker=worker,
+        context=context,
+        context_size=context_size,
+        fingerprint=fingerprint,
+        quantisation=quantisation,
+        tiers=tuple(tiers),
+        chat_template=config.chat_template or backend.chat_template,
+        processors=processors,
+    )
+
+
+def _model_file(path: Path) -> Path:
+    path = path.expanduser()
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise ModelLoadError(f"the model file {path} {what}; give model_path a GGUF file")
+    return path
+
+
+def _call_factory(provider: BackendProvider, request: BackendRequest) -> BackendModel:
+    try:
+        return provider.factory(request)
+    except ErllamaError:
+        raise
+    except Exception as error:
+        raise ModelLoadError(f"the backend {provider.name!r} failed", reason=repr(error)) from error
+
+
+def _fingerprint(config: ModelConfig, path: Path | None) -> bytes:
+    given = None if config.fingerprint is None else bytes.fromhex(config.fingerprint)
+    if config.fingerprint_mode == "fast_unsafe" and given is not None:
+        return given
+    if path is None:
+        return given or NO_FILE
+    computed = file_fingerprint(path)
+    if given is not None and given != computed:
+        raise _problem(
+            "fingerprint", f"the SHA-256 of {path} is {computed.hex()}, not {given.hex()}"
+        )
+    return computed
+
+
+def _quantisation(config: ModelConfig, backend: BackendModel) -> Quantisation:
+    found = backend.quantisation
+    if config.quant_type is not None and config.quant_type.lower() != found.type:
+        raise _problem("quant_type", f"the weights are {found.type}, not {config.quant_type}")
+    if config.quant_bits is not None and config.quant_bits != found.bits:
+        raise _problem("quant_bits", f"the weights have {found.bits} bits, not {config.quant_bits}")
+    return found
+
+
+def _context_size(config: ModelConfig, context: Context) -> int:
+    if config.context_size is None:
+        return context.n_ctx
+    if config.context_size > context.n_ctx:
+        raise _problem(
+            "context_size",
+            f"{config.context_size} is more than the context's {context.n_ctx} tokens; "
+            f"raise context_opts.n_ctx",
+        )
+    return config.context_size
+
+
+def _problem(field: str, message: str) -> ConfigError:
+    return ConfigError([ConfigProblem(field, message)])

@@ -1,0 +1,215 @@
+"""A loaded model, as a caller holds it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, Unpack
+
+import attrs
+
+from erllama_core.errors import EngineClosed, InvalidPrompt, NotSupported, PromptTooLong
+from erllama_core.interfaces.backend import BackendModel, Context, Embeds, Quantisation
+from erllama_core.interfaces.stream import StreamProcessor
+from erllama_core.model.chat import render_chat
+from erllama_core.model.options import RequestKwargs, RequestOptions
+from erllama_core.model.request import Request
+from erllama_core.model.worker import Worker
+from erllama_core.prompt import Prompt, pack
+from erllama_core.results import Completion, ModelInfo
+from erllama_core.stream.pipeline import Pipeline
+from erllama_core.stream.stream import Stream
+
+PromptLike = str | Prompt | Sequence[int]
+"""Text, or token ids. Always the full context."""
+
+_request_ids = itertools.count(1)
+
+
+@attrs.frozen(kw_only=True)
+class ModelParts:
+    """What :func:`~.loading.open_model` put together."""
+
+    id: str
+    backend_name: str
+    backend: BackendModel
+    worker: Worker
+    context: Context
+    """For its properties; only the worker calls it."""
+    context_size: int
+    fingerprint: bytes
+    quantisation: Quantisation
+    tiers: tuple[str, ...]
+    chat_template: str | None
+    processors: Callable[[], Sequence[StreamProcessor]]
+    """New ones for each request."""
+
+
+class Model:
+    """Weights, a context and its worker, under an id. Thread-safe."""
+
+    def __init__(self, parts: ModelParts, unload: Callable[[Model], None]) -> None:
+        self.id: Final = parts.id
+        self._parts: Final = parts
+        self._backend: Final = parts.backend
+        self._worker: Final = parts.worker
+        self._unload: Final = unload
+        self._closed = False
+
+    def __repr__(self) -> str:
+        return f"Model({self.id!r})"
+
+    # ---------------------------------------------------------------- requests
+
+    def complete(self, prompt: PromptLike, **options: Unpack[RequestKwargs]) -> Completion:
+        """Generate a reply and wait for all of it.
+
+        Raises InvalidPrompt, PromptTooLong, EngineError, EngineClosed; TypeError and
+        ValueError for the options.
+        """
+        return self.infer(prompt, **options).result()
+
+    def infer(self, prompt: PromptLike, **options: Unpack[RequestKwargs]) -> Stream:
+        """Start generating; events come as the reply grows. Raises as :meth:`complete`."""
+        self._check_open()
+        chosen = RequestOptions.of(options)
+        whole = self._as_prompt(prompt, chosen)
+        room = self._parts.context_size - len(whole)
+        if room < 1:
+            raise PromptTooLong(len(whole), self._parts.context_size)
+        request = Request(
+            next(_request_ids),
+            whole,
+            chosen,
+            max_generated=min(chosen.response_tokens or room, room),
+            sampler=self._backend.new_sampler(chosen.sampling(), whole.packed),
+            pipeline=Pipeline(self._backend.vocabulary, self._parts.processors()),
+        )
+        try:
+            self._worker.submit(request)
+        except EngineClosed:
+            request.sampler.close()
+            raise
+        worker = self._worker
+        return Stream(request.id, whole, request.mailbox, lambda: worker.cancel(request))
+
+    # ----------------------------------------------------------- text and tokens
+
+    def tokenize(
+        self, text: str, *, add_bos: bool | None = None, parse_special: bool = True
+    ) -> Prompt:
+        """The tokens of a text, BOS first where the model asks for it (``add_bos`` None).
+
+        ``parse_special``: the text of a control token is that token.
+        """
+        self._check_open()
+        vocabulary = self._backend.vocabulary
+        packed = vocabulary.tokenize(
+            text,
+            add_bos=vocabulary.add_bos if add_bos is None else add_bos,
+            parse_special=parse_special,
+        )
+        return Prompt.from_packed(packed, text)
+
+    def detokenize(self, tokens: Sequence[int]) -> str:
+        """The text of tokens, control tokens included; bytes that are not UTF-8 as U+FFFD."""
+        self._check_open()
+        prompt = self._checked(tokens)
+        return self._backend.vocabulary.detokenize(prompt.packed).decode("utf-8", "replace")
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Any] | None = None,
+        documents: Sequence[Any] | None = None,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> Prompt:
+        """A chat as the model's own template renders it.
+
+        The characters of a control token in a user's or a tool's message stay ordinary text.
+        ``variables`` reach the template by name. Raises TemplateError.
+        """
+        self._check_open()
+        return render_chat(
+            self._backend.vocabulary,
+            self._parts.chat_template,
+            messages,
+            tools=tools,
+            documents=documents,
+            add_generation_prompt=add_generation_prompt,
+            variables=variables,
+        )
+
+    def embed(self, prompt: PromptLike) -> list[float]:
+        """One vector for a text. Raises NotSupported when the backend makes none."""
+        self._check_open()
+        if not isinstance(self._backend, Embeds):
+            raise NotSupported(
+                f"the backend {self._parts.backend_name!r} of model {self.id!r} makes no embeddings"
+            )
+        return list(self._backend.embed(self._as_prompt(prompt, RequestOptions()).packed))
+
+    # ------------------------------------------------------------------- others
+
+    def info(self) -> ModelInfo:
+        """What the model is, and what it is doing, without waiting for its worker."""
+        parts, context = self._parts, self._parts.context
+        return ModelInfo(
+            id=self.id,
+            backend=parts.backend_name,
+            description=parts.backend.description,
+            status=self._worker.status,
+            context_size=parts.context_size,
+            n_ctx=context.n_ctx,
+            n_seq_max=context.n_seq_max,
+            available_seqs=self._worker.available_seqs,
+            kv_class=context.kv_class.value,
+            n_vocab=parts.backend.vocabulary.n_tokens,
+            fingerprint=parts.fingerprint.hex(),
+            quant_type=parts.quantisation.type,
+            quant_bits=parts.quantisation.bits,
+            tiers=parts.tiers,
+        )
+
+    def unload(self) -> None:
+        """End its requests with EngineClosed and free it. Idempotent."""
+        self._unload(self)
+
+    def close(self) -> None:
+        """What :meth:`unload` does, without telling the engine; for the engine. Idempotent."""
+        self._closed = True
+        self._worker.close()
+        self._backend.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise EngineClosed(f"model {self.id!r} was unloaded")
+
+    def _as_prompt(self, prompt: PromptLike, options: RequestOptions) -> Prompt:
+        if isinstance(prompt, str):
+            return self._checked(
+                self.tokenize(prompt, add_bos=options.add_bos, parse_special=options.parse_special)
+            )
+        return self._checked(prompt)
+
+    def _checked(self, tokens: Sequence[int]) -> Prompt:
+        """Tokens that the vocabulary has: no others reach a backend."""
+        if isinstance(tokens, Prompt):
+            prompt = tokens
+        else:
+            try:
+                prompt = Prompt.from_packed(pack(tokens))
+            except ValueError as error:
+                raise InvalidPrompt(f"not a prompt: {error}") from error
+        if not len(prompt):
+            raise InvalidPrompt("the prompt has no tokens")
+        largest = max(memoryview(prompt.packed).cast("I"))
+        n_tokens = self._backend.vocabulary.n_tokens
+        if largest >= n_tokens:
+            raise InvalidPrompt(
+                f"token id {largest} is outside the vocabulary of model {self.id!r}, "
+                f"whose ids are 0 to {n_tokens - 1}"
+            )
+        return prompt

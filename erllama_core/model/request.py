@@ -1,0 +1,141 @@
+"""One request on its way through the worker."""
+
+from __future__ import annotations
+
+import enum
+import time
+from typing import Final
+
+from erllama_core.cache.keys import ContextKeys
+from erllama_core.interfaces.backend import Sampler
+from erllama_core.interfaces.block import TOKEN_BYTES
+from erllama_core.interfaces.stream import Done, Event
+from erllama_core.model.options import RequestOptions
+from erllama_core.prompt import Prompt
+from erllama_core.results import (
+    CacheDelta,
+    CacheKey,
+    FinishReason,
+    HitKind,
+    Stats,
+)
+from erllama_core.stream.mailbox import Mailbox
+from erllama_core.stream.pipeline import Pipeline
+
+
+class Phase(enum.Enum):
+    """Where a request is."""
+
+    QUEUED = enum.auto()
+    LOADING = enum.auto()
+    """It has a sequence, and waits for stored state to be read."""
+    PREFILLING = enum.auto()
+    GENERATING = enum.auto()
+    CLOSING = enum.auto()
+    """Answered; its last token is still to be computed, so that its context is whole."""
+    ENDED = enum.auto()
+
+
+class Request:
+    """State of one request. The worker's alone, but for ``cancelled`` and ``mailbox``."""
+
+    def __init__(
+        self,
+        request_id: int,
+        prompt: Prompt,
+        options: RequestOptions,
+        *,
+        max_generated: int,
+        sampler: Sampler,
+        pipeline: Pipeline,
+    ) -> None:
+        self.id: Final = request_id
+        self.options: Final = options
+        self.prompt_tokens: Final = len(prompt)
+        self.max_generated: Final = max_generated
+        self.sampler: Final = sampler
+        self.pipeline: Final = pipeline
+        self.mailbox: Final[Mailbox[Event | Exception]] = Mailbox()
+        self.tokens = bytearray(prompt.packed)
+        """The context, packed: prompt and reply."""
+        self.generated: Final[list[int]] = []
+        self.keys: ContextKeys | None = None
+        """Made by the worker, which knows the namespace."""
+        self.phase = Phase.QUEUED
+        self.cancelled = False
+        self.seq = -1
+        self.computed = 0
+        """Tokens whose state the sequence holds."""
+        self.saved = 0
+        """Tokens whose state is stored, counted from the start without a gap."""
+        self.read = 0
+        """Tokens that were restored."""
+        self.restored_bytes = 0
+        self.attempts = 0
+        """Fetches that failed."""
+        now = time.perf_counter()
+        self.submitted_at: Final = now
+        self.admitted_at = now
+        self.prefill_at = now
+        self.first_token_at: float | None = None
+        self.prefill_s = 0.0
+        self.restore_s = 0.0
+
+    @property
+    def max_tokens(self) -> int:
+        """The longest that the context can become: the cells that it needs."""
+        return self.prompt_tokens + self.max_generated
+
+    @property
+    def length(self) -> int:
+        """Tokens of the context so far."""
+        return len(self.tokens) // TOKEN_BYTES
+
+    @property
+    def hit_kind(self) -> HitKind:
+        """What the look-up came to."""
+        if not self.read:
+            return "cold"
+        return "exact" if self.read == self.prompt_tokens else "partial"
+
+    def append(self, token: int) -> None:
+        """A token was sampled."""
+        self.tokens += token.to_bytes(TOKEN_BYTES, "little")
+        self.generated.append(token)
+
+    def stats(self, finish_reason: FinishReason, finish_key: CacheKey | None) -> Stats:
+        """How it went, once generation has ended."""
+        now = time.perf_counter()
+        committed = self.length
+        if finish_reason == "cancelled" and not self.generated:
+            committed = self.computed  # of a prompt cut short, what was computed
+        first = self.first_token_at
+        return Stats(
+            prompt_tokens=self.prompt_tokens,
+            completion_tokens=len(self.generated),
+            generated=tuple(self.generated),
+            committed_tokens=committed,
+            finish_key=finish_key,
+            finish_reason=finish_reason,
+            cancelled=finish_reason == "cancelled",
+            cache_hit_kind=self.hit_kind,
+            cache_delta=CacheDelta(
+                read=self.read, created=committed - self.read if finish_key is not None else 0
+            ),
+            restored_bytes=self.restored_bytes,
+            queue_s=self.admitted_at - self.submitted_at,
+            restore_s=self.restore_s,
+            prefill_s=self.prefill_s,
+            first_token_s=None if first is None else first - self.submitted_at,
+            decode_s=0.0 if first is None else now - first,
+        )
+
+    def finish(self, stats: Stats) -> None:
+        """Deliver what was held back, and the end."""
+        for event in self.pipeline.flush():
+            self.mailbox.put(event)
+        self.mailbox.put(Done(stats))
+
+    def fail(self, error: Exception) -> None:
+        """Deliver an error instead of an end."""
+        self.mailbox.put(error)

@@ -1,0 +1,141 @@
+"""Bringing a request's sequence to the longest state that is stored of its prompt."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Final
+
+import structlog
+
+from erllama_core.cache.loader import Fetch
+from erllama_core.cache.lookup import Match
+from erllama_core.cache.space import ModelSpace
+from erllama_core.errors import StateRejected
+from erllama_core.interfaces.backend import Context, Mark
+from erllama_core.model.request import Phase, Request
+
+log = structlog.get_logger("erllama.model")
+
+_ATTEMPTS: Final = 3
+"""Look-ups after fetches that failed; each failure takes its object out of the index."""
+_SCAN_WAIT_S: Final = 2.0
+"""How long a miss waits for the scan of the tiers at start."""
+
+
+class Restorer:
+    """Look-up, fetch, import. Used by the worker; only a fetch leaves its thread.
+
+    ``post`` runs something on the worker. When a request's sequence is as far as it gets,
+    ``ready`` is called with the logits to sample its first token from, if they were stored.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        space: ModelSpace,
+        post: Callable[[Request, Callable[[Request], None]], None],
+        ready: Callable[[Request, Mark | None], None],
+    ) -> None:
+        self._context: Final = context
+        self._space: Final = space
+        self._post: Final = post
+        self._ready: Final = ready
+        self.outstanding = 0
+        """Calls that other threads still owe; each one posts."""
+
+    def start(self, request: Request, *, use_mark: bool = True) -> None:
+        """Begin; the request has an empty sequence."""
+        request.phase = Phase.LOADING
+        keys = request.keys
+        assert keys is not None
+        match = self._space.find(keys, may_sample=use_mark and self._mark_would_serve(request))
+        if match.length < request.prompt_tokens - 1 and not self._space.is_scanned:
+            self.outstanding += 1
+            self._space.when_scanned(_SCAN_WAIT_S, lambda: self._post(request, self._after_scan))
+            return
+        self._fetch(request, match)
+
+    def _after_scan(self, request: Request) -> None:
+        self.outstanding -= 1
+        if request.phase is not Phase.LOADING:
+            return
+        keys = request.keys
+        assert keys is not None
+        match = self._space.find(keys, may_sample=self._mark_would_serve(request))
+        self._fetch(request, match)
+
+    def _fetch(self, request: Request, match: Match) -> None:
+        if not match.length:
+            request.saved = match.covered
+            self._done(request, None, None)
+            return
+
+        def done(fetch: Fetch) -> None:
+            self._post(request, lambda request: self._arrived(request, fetch))
+
+        fetch = self._space.fetch(match, done)
+        if fetch is None:
+            self.outstanding += 1
+        else:
+            self._fetched(request, fetch)
+
+    def _arrived(self, request: Request, fetch: Fetch) -> None:
+        self.outstanding -= 1
+        self._fetched(request, fetch)
+
+    def _fetched(self, request: Request, fetch: Fetch) -> None:
+        """Everything is in memory, or something failed. On the worker."""
+        if request.phase is not Phase.LOADING:  # it ended meanwhile
+            fetch.release()
+            return
+        if fetch.failed:
+            request.attempts += 1
+            if request.attempts < _ATTEMPTS:
+                self.start(request)
+            else:
+                self._done(request, None, None)
+            return
+        match, mark = fetch.match, fetch.mark
+        try:
+            if mark is not None and not mark.serves(request.options.sampling()):
+                self.start(request, use_mark=False)
+                return
+            self._import(request, fetch)
+        except StateRejected as error:
+            # The sequence may hold a part. What was refused once will be refused again, so
+            # the prompt is computed.
+            log.warning("restore.refused", request=request.id, error=str(error))
+            self._space.count_rejected()
+            self._context.drop(request.seq)
+            self._done(request, None, None)
+            return
+        finally:
+            fetch.release()
+        request.computed = request.read = match.length
+        request.saved = match.covered
+        request.restored_bytes = fetch.n_bytes
+        self._done(request, match, mark)
+
+    def _import(self, request: Request, fetch: Fetch) -> None:
+        match = fetch.match
+        if match.pieces:
+            self._context.import_ranges(request.seq, fetch.ranges())
+        snapshot = fetch.snapshot()
+        if snapshot is not None:
+            self._context.import_snapshot(request.seq, match.length, snapshot)
+
+    def _done(self, request: Request, match: Match | None, mark: Mark | None) -> None:
+        self._space.count(match, request.prompt_tokens)
+        now = time.perf_counter()
+        request.prefill_at = now
+        if match is not None:
+            request.restore_s = now - request.admitted_at
+        request.phase = Phase.PREFILLING
+        self._ready(request, mark)
+
+    def _mark_would_serve(self, request: Request) -> bool:
+        size = self._space.mark_size
+        if size is None:
+            return True
+        return Mark(bytes(4 * size), b"", 0.0, size + 1).serves(request.options.sampling())

@@ -1,0 +1,130 @@
+"""Copying a sequence's state into save buffers while it stands still."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Final
+
+import structlog
+
+from erllama_core.cache.counters import SaveReason
+from erllama_core.cache.keys import ContextKeys
+from erllama_core.cache.pages import PooledPages
+from erllama_core.cache.policy import SavePolicy
+from erllama_core.cache.space import ModelSpace
+from erllama_core.errors import ErllamaError, StateRejected
+from erllama_core.interfaces.backend import Context, KVClass
+from erllama_core.model.request import Request
+
+log = structlog.get_logger("erllama.model")
+
+
+class Saver:
+    """What of a request is saved, and when. Used by the worker, between two steps.
+
+    Nothing here waits: what finds no room on its way to the tiers is not saved, and a request
+    goes on as if it had been.
+    """
+
+    def __init__(self, context: Context, space: ModelSpace, policy: SavePolicy) -> None:
+        self._context: Final = context
+        self._space: Final = space
+        self._policy: Final = policy
+        self._align: Final = space.align_tokens
+
+    def saves(self, tokens: int) -> bool:
+        """Whether a context of that length is saved at all."""
+        return self._space.has_tiers and tokens >= self._policy.min_tokens
+
+    def after_prefill(self, request: Request, row: int | None) -> None:
+        """A part of the prompt was computed; ``row``: where its last logits are, at its end."""
+        policy = self._policy
+        prompt = request.prompt_tokens
+        at_end = row is not None
+        if not self.saves(prompt) or prompt < policy.cold_min_tokens:
+            return
+        limit = prompt if policy.cold_max_tokens is None else min(prompt, policy.cold_max_tokens)
+        reached = min(limit, request.computed)
+        if not (at_end and reached == prompt):
+            reached -= reached % self._align
+        self._save_blocks(request, reached, "cold")
+        if row is not None and limit == prompt:
+            self._save_end(request, row, "cold")
+
+    def after_token(self, request: Request) -> None:
+        """The reply has grown by a token."""
+        interval = self._policy.continued_interval
+        if not interval or request.computed - request.saved < interval:
+            return
+        if self.saves(request.computed):
+            self._save_blocks(
+                request, request.computed - request.computed % self._align, "continued"
+            )
+
+    def at_end(self, request: Request, row: int | None, reason: SaveReason = "finish") -> None:
+        """The context is whole, or as whole as it will get."""
+        if self.saves(request.computed):
+            self._save_blocks(request, request.computed, reason)
+            self._save_end(request, row, reason)
+            assert request.keys is not None
+            self._space.touch(request.keys, request.computed)
+
+    def _save_blocks(self, request: Request, end: int, reason: SaveReason) -> None:
+        keys = request.keys
+        assert keys is not None
+        if self._space.kv_class is KVClass.WHOLE:
+            return
+        while request.saved < end:
+            block = self._space.next_block(keys, request.saved, end)
+            if block is None:
+                request.saved = end
+                return
+            start, stop = block
+            pages = self._copy(
+                self._context.range_bytes(request.seq, start, stop),
+                functools.partial(self._context.export_range, request.seq, start, stop),
+            )
+            if pages is None:
+                return
+            self._space.submit_block(keys, start, stop, pages, reason)
+            request.saved = stop
+
+    def _save_end(self, request: Request, row: int | None, reason: SaveReason) -> None:
+        """What is kept of the very position at which the sequence stands."""
+        keys = request.keys
+        assert keys is not None
+        position = request.computed
+        space = self._space
+        if space.kv_class is not KVClass.SPAN and not space.has_snapshot(keys, position):
+            self._save_snapshot(request, keys, position, reason)
+        if row is not None and not space.has_mark(keys, position):
+            space.submit_mark(keys, position, self._context.mark(row, space.mark_size), reason)
+
+    def _save_snapshot(
+        self, request: Request, keys: ContextKeys, position: int, reason: SaveReason
+    ) -> None:
+        pages = self._copy(
+            self._context.snapshot_bytes(request.seq),
+            functools.partial(self._context.export_snapshot, request.seq),
+        )
+        if pages is not None:
+            self._space.submit_snapshot(keys, position, pages, reason)
+
+    def _copy(self, size: int, export: Callable[[memoryview], None]) -> PooledPages | None:
+        pages = self._space.reserve(size)
+        if pages is None:
+            return None
+        started = time.perf_counter_ns()
+        try:
+            export(pages.view)
+        except StateRejected as error:
+            log.warning("save.refused", error=str(error))
+            self._space.forgo(pages)
+            return None
+        except ErllamaError:
+            self._space.forgo(pages)
+            raise
+        self._space.add_pack_time(time.perf_counter_ns() - started)
+        return pages

@@ -8,12 +8,11 @@ import functools
 import itertools
 import os
 import threading
+import time
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Self, Unpack
-
-import structlog
 
 from erllama_core.cache.cache import Cache
 from erllama_core.cache.tiers import NamedTier
@@ -37,6 +36,7 @@ from erllama_core.errors import (
 )
 from erllama_core.host import PluginHost
 from erllama_core.interfaces.stream import StreamProcessor
+from erllama_core.log import get_logger
 from erllama_core.model.loading import open_model
 from erllama_core.model.model import Model, PromptLike
 from erllama_core.model.options import RequestKwargs
@@ -45,7 +45,7 @@ from erllama_core.providers import NoOptions
 from erllama_core.results import Completion, ModelInfo
 from erllama_core.stream.stream import Stream
 
-log = structlog.get_logger("erllama.engine")
+log = get_logger("erllama.engine")
 
 ModelRef = str | Model
 """A loaded model, or its id."""
@@ -64,6 +64,9 @@ class Engine:
     ) -> None:
         self._pid: Final = os.getpid()
         self._config: Final = EngineConfig() if config is None else config
+        problems = self._config.problems()
+        if problems:
+            raise ConfigError(problems)
         self.plugins: Final = (
             PluginHost(allow=self._config.plugins.allow, block=self._config.plugins.block)
             if plugins is None
@@ -134,7 +137,7 @@ class Engine:
         self._check_open()
         if config is not None and options:
             raise TypeError("give load_model a config or single options, not both")
-        chosen = model_config(options) if config is None else config
+        chosen = model_config(options if config is None else config)
         name = f"{chosen.backend}-{next(self._ids)}" if model_id is None else model_id
         with self._lock:
             if name in self._models or name in self._loading:
@@ -268,6 +271,22 @@ class Engine:
         """What the engine was made with."""
         return self._config
 
+    def flush(self, timeout_s: float | None = None) -> bool:
+        """Wait until the state of every answered request is in the tiers.
+
+        An answer comes before its state is saved, so that saving costs no caller time.
+        ``close`` does this too. False when time ran out.
+        """
+        self._check_open()
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+
+        def left() -> float | None:
+            return None if deadline is None else max(0.0, deadline - time.monotonic())
+
+        with self._lock:
+            loaded = list(self._models.values())
+        return all(model.settle(left()) for model in loaded) and self._cache.flush(left())
+
     def close(self) -> None:
         """Save what runs, answer every caller, free models and tiers. Idempotent."""
         self._check_fork()
@@ -373,6 +392,10 @@ class AsyncEngine:
     ) -> Prompt:
         """See :meth:`Engine.apply_chat_template`."""
         return await asyncio.to_thread(self._sync.apply_chat_template, model, messages, **arguments)
+
+    async def flush(self, timeout_s: float | None = None) -> bool:
+        """See :meth:`Engine.flush`."""
+        return await asyncio.to_thread(self._sync.flush, timeout_s)
 
     async def close(self) -> None:
         """See :meth:`Engine.close`."""

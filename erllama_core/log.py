@@ -23,13 +23,12 @@ class _Logger:
         self._name = name
 
     def __getattr__(self, method: str) -> Any:
-        if structlog.is_configured():
-            bound = structlog.get_logger(logger=self._name)
-        else:
-            bound = structlog.wrap_logger(
-                structlog.PrintLogger(sys.stderr), wrapper_class=_QUIET, logger=self._name
-            )
-        return getattr(bound, method)
+        logger = (
+            structlog.get_logger()
+            if structlog.is_configured()
+            else structlog.wrap_logger(structlog.PrintLogger(sys.stderr), wrapper_class=_QUIET)
+        )
+        return getattr(logger.bind(logger=self._name), method)
 
 
 def get_logger(name: str) -> Any:

@@ -5,16 +5,24 @@ from __future__ import annotations
 import sys
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Final, overload
+from typing import Final, Self, overload
+
+import attrs
 
 _TOKEN: Final = "I"
-assert array(_TOKEN).itemsize == 4
+"""The array type code of a u32."""
+
+TOKEN_BYTES: Final = 4
+"""Of a packed token."""
+
+assert array(_TOKEN).itemsize == TOKEN_BYTES
 
 
 def pack(tokens: Iterable[int]) -> bytes:
     """Token ids as little-endian u32. Raises ValueError for what is no such integer."""
     try:
-        packed = array(_TOKEN, tokens)
+        # An iterator, as array() takes bytes for packed tokens in this machine's byte order.
+        packed = array(_TOKEN, iter(tokens))
     except (TypeError, OverflowError) as error:
         raise ValueError(f"token ids are integers from 0 to 4294967295: {error}") from error
     if sys.byteorder == "big":
@@ -31,36 +39,40 @@ def unpack(packed: bytes | memoryview) -> list[int]:
     return tokens.tolist()
 
 
+@attrs.frozen(init=False, eq=False, repr=False)
 class Prompt(Sequence[int]):
     """An immutable sequence of token ids; thread-safe.
 
-    Equal to any sequence of the same ints, a list included. Slicing or joining gives a plain
-    list: a part of a prompt no longer has the prompt's text.
+    Equal to any sequence of the same ints, a list included; hashes like a tuple of them.
+    Slicing or joining gives a plain list: a part of a prompt no longer has the prompt's text.
+    Raises ValueError for ids that are not integers from 0 to 4294967295.
     """
 
-    __slots__ = ("_hash", "packed", "text")
-
-    packed: Final[bytes]
+    packed: bytes
     """The ids as little-endian u32."""
-    text: Final[str | None]
+    text: str | None
     """What was tokenised, or None when the prompt was given as ids."""
 
     def __init__(self, tokens: Iterable[int], text: str | None = None) -> None:
-        self.packed = tokens.packed if isinstance(tokens, Prompt) else pack(tokens)
-        self.text = text
-        self._hash: int | None = None
+        packed = tokens.packed if isinstance(tokens, Prompt) else pack(tokens)
+        self.__attrs_init__(packed, text)
 
     @classmethod
-    def from_packed(cls, packed: bytes, text: str | None = None) -> Prompt:
-        """A prompt of tokens that are packed already."""
-        if len(packed) % 4:
+    def from_packed(cls, packed: bytes | memoryview, text: str | None = None) -> Self:
+        """A prompt of tokens that are packed already, little-endian u32.
+
+        Raises ValueError when the length is no multiple of four bytes.
+        """
+        # bytes() copies a view, whose owner may change it, and returns bytes as they are.
+        packed = bytes(packed)
+        if len(packed) % TOKEN_BYTES:
             raise ValueError(f"{len(packed)} bytes are not packed u32 tokens")
-        prompt = cls((), text)
-        object.__setattr__(prompt, "packed", packed)
+        prompt = cls.__new__(cls)
+        prompt.__attrs_init__(packed, text)
         return prompt
 
     def __len__(self) -> int:
-        return len(self.packed) // 4
+        return len(self.packed) // TOKEN_BYTES
 
     @overload
     def __getitem__(self, index: int) -> int: ...
@@ -72,7 +84,8 @@ class Prompt(Sequence[int]):
         position = index + len(self) if index < 0 else index
         if not 0 <= position < len(self):
             raise IndexError("token index out of range")
-        return int.from_bytes(self.packed[4 * position : 4 * position + 4], "little")
+        start = TOKEN_BYTES * position
+        return int.from_bytes(self.packed[start : start + TOKEN_BYTES], "little")
 
     def __iter__(self) -> Iterator[int]:
         return iter(unpack(self.packed))
@@ -92,9 +105,7 @@ class Prompt(Sequence[int]):
 
     def __hash__(self) -> int:
         # Equal to a tuple of the same ints, so it must hash like one.
-        if self._hash is None:
-            self._hash = hash(tuple(self))
-        return self._hash
+        return hash(tuple(self))
 
     def __repr__(self) -> str:
         return f"Prompt({len(self)} tokens{', with text' if self.text is not None else ''})"

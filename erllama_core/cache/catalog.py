@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Final
 
 import attrs
-import structlog
 
 from erllama_core.cache.counters import CounterSet
 from erllama_core.cache.index import Copy, Entry, Index
@@ -17,8 +16,9 @@ from erllama_core.cache.tiers import NamedTier, TierStore
 from erllama_core.errors import CacheError, TierFull, unknown_name
 from erllama_core.interfaces.block import ObjectId
 from erllama_core.interfaces.tier import Pages
+from erllama_core.log import get_logger
 
-log = structlog.get_logger("erllama.cache")
+log = get_logger("erllama.cache")
 
 
 @attrs.frozen

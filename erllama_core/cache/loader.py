@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 import attrs
-import structlog
 
 from erllama_core.cache.catalog import Catalog
 from erllama_core.cache.index import Copy, Entry
@@ -21,8 +20,9 @@ from erllama_core.errors import BlockNotFound, CacheError, CorruptBlock
 from erllama_core.interfaces.backend import Mark, RangeImport
 from erllama_core.interfaces.block import verify_object
 from erllama_core.interfaces.tier import Pages
+from erllama_core.log import get_logger
 
-log = structlog.get_logger("erllama.cache")
+log = get_logger("erllama.cache")
 
 
 class PayloadPages:

@@ -106,8 +106,9 @@ class Finder:
         stop = position + shared
         found: list[Piece] = []
         while entry is not None:
-            found.append(Piece(entry, stop))
-            stop = entry.start
+            if entry.start < stop:  # else the prompt leaves the path before this block
+                found.append(Piece(entry, stop))
+                stop = entry.start
             entry = entry.parent
         end = position
         for piece in reversed(found):

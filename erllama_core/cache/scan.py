@@ -6,16 +6,15 @@ import threading
 import time
 from typing import Final
 
-import structlog
-
 from erllama_core.cache.catalog import Catalog
 from erllama_core.cache.index import Entry
 from erllama_core.cache.tiers import TierStore
 from erllama_core.errors import CorruptBlock
 from erllama_core.interfaces.block import decode_header
 from erllama_core.interfaces.tier import ScanFailure, ScannedObject
+from erllama_core.log import get_logger
 
-log = structlog.get_logger("erllama.cache")
+log = get_logger("erllama.cache")
 
 
 class Scanner:

@@ -9,14 +9,14 @@ from collections.abc import Callable
 from typing import Final, TypeVar
 
 import attrs
-import structlog
 
 from erllama_core.cache.counters import CounterSet
 from erllama_core.cache.index import Copy, Entry
 from erllama_core.errors import BlockNotFound, CacheError, ErllamaError, TierError
 from erllama_core.interfaces.tier import KeepsPages, Tier
+from erllama_core.log import get_logger
 
-log = structlog.get_logger("erllama.cache")
+log = get_logger("erllama.cache")
 
 _T = TypeVar("_T")
 

@@ -8,13 +8,13 @@ from collections.abc import Callable
 from typing import Final
 
 import attrs
-import structlog
 
 from erllama_core.cache.index import Entry
 from erllama_core.cache.pages import PooledPages
 from erllama_core.cache.tiers import TierStore
+from erllama_core.log import get_logger
 
-log = structlog.get_logger("erllama.cache")
+log = get_logger("erllama.cache")
 
 
 @attrs.frozen(eq=False)

@@ -8,7 +8,6 @@ from typing import Any, Final
 from erllama_core.errors import TemplateError
 from erllama_core.interfaces.backend import Vocabulary
 from erllama_core.model.chat_guard import Occurrence, control_syntax, guard_for
-from erllama_core.model.chat_template import compile_template, render_template
 from erllama_core.prompt import Prompt, pack
 
 Message = Mapping[str, Any]
@@ -46,6 +45,9 @@ def render_chat(
     Raises TemplateError when there is no template, when it is broken, when it refuses the
     messages (with its own words), and when a message is not one.
     """
+    # Jinja is loaded by those who render chats.
+    from erllama_core.model.chat_template import compile_template, render_template
+
     if not template or not template.strip():
         raise TemplateError(
             "the model has no chat template; give one with the model option chat_template"

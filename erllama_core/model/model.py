@@ -173,6 +173,10 @@ class Model:
             tiers=parts.tiers,
         )
 
+    def settle(self, timeout_s: float | None = None) -> bool:
+        """Wait until answered requests have handed their state over; False when time ran out."""
+        return self._worker.settle(timeout_s)
+
     def unload(self) -> None:
         """End its requests with EngineClosed and free it. Idempotent."""
         self._unload(self)

@@ -6,16 +6,15 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-import structlog
-
 from erllama_core.cache.loader import Fetch
 from erllama_core.cache.lookup import Match
 from erllama_core.cache.space import ModelSpace
 from erllama_core.errors import StateRejected
 from erllama_core.interfaces.backend import Context, Mark
+from erllama_core.log import get_logger
 from erllama_core.model.request import Phase, Request
 
-log = structlog.get_logger("erllama.model")
+log = get_logger("erllama.model")
 
 _ATTEMPTS: Final = 3
 """Look-ups after fetches that failed; each failure takes its object out of the index."""

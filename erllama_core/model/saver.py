@@ -7,8 +7,6 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-import structlog
-
 from erllama_core.cache.counters import SaveReason
 from erllama_core.cache.keys import ContextKeys
 from erllama_core.cache.pages import PooledPages
@@ -16,9 +14,10 @@ from erllama_core.cache.policy import SavePolicy
 from erllama_core.cache.space import ModelSpace
 from erllama_core.errors import ErllamaError, StateRejected
 from erllama_core.interfaces.backend import Context, KVClass
+from erllama_core.log import get_logger
 from erllama_core.model.request import Request
 
-log = structlog.get_logger("erllama.model")
+log = get_logger("erllama.model")
 
 
 class Saver:

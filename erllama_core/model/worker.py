@@ -14,18 +14,17 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final, Literal
 
-import structlog
-
 from erllama_core.cache.policy import SavePolicy
 from erllama_core.cache.space import ModelSpace
 from erllama_core.errors import EngineClosed, ErllamaError, PluginFailed
 from erllama_core.interfaces.backend import BackendModel, Context, Mark, Row
+from erllama_core.log import get_logger
 from erllama_core.model.request import Phase, Request
 from erllama_core.model.restorer import Restorer
 from erllama_core.model.saver import Saver
 from erllama_core.results import CacheHit, CacheKey, FinishReason
 
-log = structlog.get_logger("erllama.model")
+log = get_logger("erllama.model")
 
 _MIN_CHUNK: Final = 64
 _LAST_READS_S: Final = 10.0
@@ -57,6 +56,7 @@ class Worker:
         self._waiting: Final[deque[Request]] = deque()
         self._active: Final[list[Request]] = []
         self._free_seqs: list[int] = []
+        self._settling: Final[list[threading.Event]] = []
         self._reserved_cells = 0
         self._turn = 0
         self._last_hit: CacheHit | None = None
@@ -96,6 +96,18 @@ class Worker:
         if not request.cancelled and request.phase not in {Phase.CLOSING, Phase.ENDED}:
             request.cancelled = True
             self._inbox.put(_nothing)
+
+    def settle(self, timeout_s: float | None = None) -> bool:
+        """Wait until every answered request has handed over its state to be saved.
+
+        False when time ran out. A closed worker is settled.
+        """
+        settled = threading.Event()
+        with self._lock:
+            if not self._accepts:
+                return True
+            self._inbox.put(lambda: self._settling.append(settled))
+        return settled.wait(timeout_s)
 
     def close(self) -> None:
         """Answer every request with EngineClosed, free the context, end the thread.
@@ -167,6 +179,13 @@ class Worker:
             self._end_cancelled()
             self._admit()
             self._tick()
+            if self._settling and all(r.phase is not Phase.CLOSING for r in self._active):
+                self._let_settled()
+
+    def _let_settled(self) -> None:
+        for settled in self._settling:
+            settled.set()
+        self._settling.clear()
 
     def _receive(self) -> None:
         """Take everything from the inbox; wait for something while there is nothing to do."""
@@ -203,6 +222,7 @@ class Worker:
             request.sampler.close()
         self._active.clear()
         self._waiting.clear()
+        self._let_settled()
         # Reads that are under way hold pages, which their requests will no longer take.
         self._drain(lambda: self._restorer.outstanding > 0)
         self._context.close()

@@ -1,0 +1,5 @@
+"""The ``erllama`` command."""
+
+from erllama_core.cli.entry import main
+
+__all__ = ["main"]

@@ -1,0 +1,169 @@
+"""A configuration against this machine: its plugins, their options, its files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from erllama_core.config.classes import EngineConfig, ModelConfig, PressureConfig
+from erllama_core.config.reading import read_config
+from erllama_core.config.structuring import dotted, structure_options
+from erllama_core.errors import (
+    ConfigError,
+    ConfigProblem,
+    PluginError,
+    PluginMissing,
+    nearest,
+)
+from erllama_core.host import PluginHost
+from erllama_core.registry import OFFICIAL, ProviderKind
+
+
+@attrs.frozen
+class Examination:
+    """What ``erllama check`` finds."""
+
+    config: EngineConfig
+    """The parts that are right, with defaults for the others."""
+    problems: tuple[ConfigProblem, ...]
+    without_effect: tuple[str, ...]
+    """Paths that :func:`not_yet_effective` names."""
+
+
+def examine_config(
+    path_or_mapping: str | os.PathLike[str] | Mapping[str, Any],
+    *,
+    environ: Mapping[str, str] | None = None,
+    host: PluginHost | None = None,
+) -> Examination:
+    """Read a configuration and check it against this machine, to the end.
+
+    ``host``: made from the configuration's ``[plugins]`` when None. Raises ConfigError only
+    for what cannot be read as TOML at all.
+    """
+    loaded = read_config(path_or_mapping, environ=environ)
+    config = loaded.config
+    if host is None:
+        host = PluginHost(allow=config.plugins.allow, block=config.plugins.block)
+    reported = {problem.path for problem in loaded.problems}
+    tiers_known = not any(path.startswith("tiers") for path in reported)
+    problems = list(loaded.problems)
+    for problem in check_config(config, host):
+        # A tier that could not be read is not in the configuration, and so seems unknown.
+        about_tiers = problem.path.endswith((".tier", ".evict_tiers"))
+        if problem.path not in reported and (tiers_known or not about_tiers):
+            problems.append(problem)
+    return Examination(config, tuple(problems), tuple(not_yet_effective(config)))
+
+
+def check_config(config: EngineConfig, host: PluginHost) -> list[ConfigProblem]:
+    """What is wrong with a configuration here: values, names, provider options, files.
+
+    Runs the probes of the providers that it names. Raises nothing.
+    """
+    problems = config.problems()
+    for index, tier in enumerate(config.tiers):
+        path = dotted("tiers", [index])
+        _check_provider(host, "tier", tier.kind, f"{path}.kind", tier.options, path, problems)
+    for model_id, model in config.models.items():
+        path = dotted("models", [model_id])
+        _check_model(config, host, model, path, problems)
+    _check_pressure(config, host, problems)
+    return problems
+
+
+def not_yet_effective(config: EngineConfig) -> list[str]:
+    """Paths of options that are set, understood, and without effect in this release."""
+    found = [
+        f"engine.{name}"
+        for name in ("thinking_signing_key_file", "thinking_signing_key_env")
+        if getattr(config.engine, name) is not None
+    ]
+    for model_id, model in config.models.items():
+        found += [
+            dotted("models", [model_id, name])
+            for name in ("thinking_markers", "tool_call_markers")
+            if getattr(model, name) is not None
+        ]
+    if config.pressure.enabled:
+        found.append("pressure.enabled")
+    return found
+
+
+def _check_model(
+    config: EngineConfig,
+    host: PluginHost,
+    model: ModelConfig,
+    path: str,
+    problems: list[ConfigProblem],
+) -> None:
+    _check_provider(
+        host,
+        "backend",
+        model.backend,
+        f"{path}.backend",
+        model.model_opts,
+        f"{path}.model_opts",
+        problems,
+    )
+    if model.model_path is not None:
+        reason = _unreadable(model.model_path)
+        if reason is not None:
+            problems.append(ConfigProblem(f"{path}.model_path", f"{model.model_path}: {reason}"))
+    names = [tier.name for tier in config.tiers]
+    for name in model.tier:
+        if name not in names:
+            message = f"no tier is named {name!r}; configured: {', '.join(names)}"
+            problems.append(ConfigProblem(f"{path}.tier", message, nearest(name, names)))
+
+
+def _check_pressure(config: EngineConfig, host: PluginHost, problems: list[ConfigProblem]) -> None:
+    pressure, defaults = config.pressure, PressureConfig()
+    # The default source need not be installed while nothing asks for it.
+    if pressure.enabled or pressure.source != defaults.source:
+        for name in pressure.source:
+            options = pressure.source_options.get(name, {})
+            place = dotted("pressure", [name])
+            _check_provider(host, "pressure", name, "pressure.source", options, place, problems)
+    kinds = {name for kind, name in OFFICIAL if kind == "tier"} | set(host.registry.names("tier"))
+    known = kinds | {tier.name for tier in config.tiers} | {tier.kind for tier in config.tiers}
+    for name in pressure.evict_tiers:
+        if name not in known:
+            message = f"{name!r} is no name and no kind of a tier"
+            problems.append(ConfigProblem("pressure.evict_tiers", message, nearest(name, known)))
+
+
+def _check_provider(
+    host: PluginHost,
+    kind: ProviderKind,
+    name: str,
+    name_path: str,
+    options: Mapping[str, Any],
+    options_path: str,
+    problems: list[ConfigProblem],
+) -> None:
+    """Whether a provider is there and works, and takes these options."""
+    try:
+        provider = host.get(kind, name)
+        structure_options(provider.config, options, options_path)
+    except ConfigError as error:
+        problems.extend(error.problems)
+    except PluginMissing:
+        message, suggestion = host.registry.why_missing(kind, name)
+        problems.append(ConfigProblem(name_path, message, suggestion))
+    except PluginError as error:
+        problems.append(ConfigProblem(name_path, str(error)))
+
+
+def _unreadable(path: Path) -> str | None:
+    try:
+        if path.is_dir():
+            return "a folder, where a file is expected"
+        with path.open("rb"):
+            return None
+    except OSError as error:
+        return error.strerror or str(error)

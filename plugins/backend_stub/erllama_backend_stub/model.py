@@ -1,0 +1,144 @@
+"""The model: what a stub has instead of weights, and what it makes from it."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import struct
+from collections.abc import Sequence
+from typing import Final
+
+from erllama_backend_stub.cells import CellMaker
+from erllama_backend_stub.context import StubContext
+from erllama_backend_stub.faults import FaultPlan, HangGate
+from erllama_backend_stub.options import StubOptions
+from erllama_backend_stub.sampler import StubSampler
+from erllama_backend_stub.script import Script
+from erllama_backend_stub.template import CHAT_TEMPLATE
+from erllama_backend_stub.vocabulary import StubVocabulary, tape_from_tokens
+from erllama_core.errors import InvalidPrompt, ModelLoadError
+from erllama_core.interfaces.backend import (
+    BackendRequest,
+    ContextOptions,
+    Identity,
+    PackedTokens,
+    Quantisation,
+    SamplingParams,
+)
+
+ARITHMETIC: Final = 1
+"""Counts the ways in which state and logits were ever computed; stored state depends on it."""
+EMBEDDING_FLOATS: Final = 32
+
+
+def open_model(request: BackendRequest) -> StubModel:
+    """The provider's factory; a model file is neither needed nor read.
+
+    Raises ModelLoadError for a context that cannot be, a script that cannot work, and when
+    ``faults.fail_load`` says so.
+    """
+    options = request.options
+    if not isinstance(options, StubOptions):
+        raise ModelLoadError(f"the stub's options are a StubOptions, not {options!r}")
+    if options.faults.fail_load:
+        raise ModelLoadError("the stub model was not loaded", reason="injected fault")
+    for name in ("n_ctx", "n_batch", "n_seq_max"):
+        if getattr(request.context, name) < 1:
+            raise ModelLoadError(f"context_opts.{name} must be 1 at least")
+    try:
+        script = Script(options.script, options.reply_marker) if options.script else None
+    except ValueError as error:
+        raise ModelLoadError("the stub's script cannot be played", reason=str(error)) from error
+    return StubModel(options, request.context, script)
+
+
+class StubModel:
+    """See ``erllama_core.interfaces.backend.BackendModel``; it also ``Embeds``.
+
+    Contexts can be opened any number of times, one after or beside the other.
+    """
+
+    def __init__(
+        self, options: StubOptions, context: ContextOptions, script: Script | None
+    ) -> None:
+        self._options = options
+        self._context = context
+        self._script = script
+        self._faults = FaultPlan(options.faults)
+        self._key = _digest("cells", options.weights, context.type_k, context.type_v)
+        self.vocabulary: Final = StubVocabulary(add_bos=options.add_bos)
+
+    @property
+    def gate(self) -> HangGate:
+        """Where the step of ``faults.hang_step`` hangs."""
+        return self._faults.gate
+
+    @property
+    def description(self) -> str:
+        options = self._options
+        return f"stub {options.weights!r}, {options.kv_class}, {options.cell_bytes} bytes a token"
+
+    @property
+    def quantisation(self) -> Quantisation:
+        return Quantisation(type="f32", bits=32)
+
+    @property
+    def chat_template(self) -> str | None:
+        return CHAT_TEMPLATE
+
+    def identity(self) -> Identity:
+        """See the protocol.
+
+        What determines logits belongs to it too, since logits are stored with state. How
+        cells are shared out (n_ctx, n_seq_max, kv_unified) changes neither.
+        """
+        options = self._options
+        return {
+            "backend": "stub",
+            "build": ARITHMETIC,
+            "weights": options.weights,
+            "kv_class": options.kv_class,
+            "cell_bytes": options.cell_bytes,
+            "type_k": self._context.type_k,
+            "type_v": self._context.type_v,
+            "eog_rate": options.eog_rate,
+            "script": _digest("script", options.reply_marker, *options.script),
+        }
+
+    def open_context(self) -> StubContext:
+        return StubContext(
+            self._options,
+            self._context,
+            CellMaker(self._key, self._options.cell_bytes),
+            self._script,
+            self._faults,
+        )
+
+    def new_sampler(self, params: SamplingParams, history: PackedTokens) -> StubSampler:
+        return StubSampler(params, history)
+
+    def embed(self, tokens: PackedTokens) -> Sequence[float]:
+        """32 floats of length 1, a function of tokens and weights.
+
+        Raises InvalidPrompt for no tokens, or for ids outside the vocabulary.
+        """
+        if not tape_from_tokens(tokens):
+            raise InvalidPrompt("there is nothing to embed: no tokens")
+        seed = _digest("embedding", self._options.weights) + bytes(tokens)
+        numbers = hashlib.shake_256(seed).digest(2 * EMBEDDING_FLOATS)
+        # Odd integers: no component, and so no length, is ever zero.
+        vector = [2 * n - 65535 for n in struct.unpack(f"<{EMBEDDING_FLOATS}H", numbers)]
+        length = math.sqrt(sum(n * n for n in vector))
+        return [n / length for n in vector]
+
+    def close(self) -> None:
+        """Nothing to free. Idempotent."""
+
+
+def _digest(purpose: str, *texts: str) -> bytes:
+    """16 bytes that stand for some texts, whatever is in them."""
+    digest = hashlib.blake2b(purpose.encode(), digest_size=16)
+    for text in texts:
+        data = text.encode("utf-8", "surrogatepass")
+        digest.update(struct.pack("<Q", len(data)) + data)
+    return digest.digest()

@@ -1,0 +1,1 @@
+"""Memory pressure of the host and of the process's cgroup."""

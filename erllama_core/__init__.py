@@ -6,7 +6,7 @@ from erllama_core.cache.counters import Counters
 from erllama_core.cache.meta import BlockMeta
 from erllama_core.cache.policy import SavePolicy
 from erllama_core.cache.tiers import NamedTier
-from erllama_core.config import EngineConfig, ModelConfig, load_config
+from erllama_core.config import EngineConfig, ModelConfig, TierConfig, load_config
 from erllama_core.engine import AsyncEngine, Engine, open_tier
 from erllama_core.host import PluginHost
 from erllama_core.interfaces.stream import Done, TextDelta
@@ -46,6 +46,7 @@ __all__ = [
     "Stats",
     "Stream",
     "TextDelta",
+    "TierConfig",
     "load_config",
     "open_tier",
 ]

@@ -16,10 +16,10 @@ from typing import Any, Final, Literal, overload
 
 import attrs
 import pluggy
-import structlog
 
 from erllama_core import builtin, hookspecs
 from erllama_core.errors import PluginFailed, nearest
+from erllama_core.log import get_logger
 from erllama_core.providers import (
     BackendProvider,
     PressureProvider,
@@ -42,7 +42,7 @@ from erllama_core.registry import (
     record_problem,
 )
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 HOOKS: Final[dict[str, ProviderKind]] = {
     "erllama_backends": "backend",

@@ -12,7 +12,6 @@ from erllama_core.interfaces.pressure import PressureSource
 from erllama_core.interfaces.stream import StreamProcessor
 from erllama_core.interfaces.tier import Tier
 
-
 ByteSize = NewType("ByteSize", int)
 """A number of bytes; in a configuration an integer, or a string with a unit: ``"50GiB"``.
 

@@ -178,7 +178,7 @@ class ModelConfig:
     tier: Annotated[tuple[str, ...], Prepare(_names)] = attrs.field(
         default=("ram",), converter=_as_names
     )
-    """Names of tiers, nearest first."""
+    """Names of tiers, nearest first; none: nothing is stored, and nothing is found."""
     policy: Annotated[Mapping[str, Any], Prepare(_policy_overrides)] = attrs.field(factory=dict)
     """Fields of ``[cache]``'s save policy that differ for this model."""
     chat_template: str | None = None
@@ -240,6 +240,8 @@ class PressureConfig:
         if not found and self.low_watermark >= self.high_watermark:
             message = f"{self.low_watermark} is not below high_watermark ({self.high_watermark})"
             found.append(("low_watermark", message))
+        if not self.source:
+            found.append(("source", "empty; at least one name"))
         return found + _name_problems("source", self.source)
 
 
@@ -323,12 +325,8 @@ def _too_small(config: object, **least: int) -> list[Problem]:
 
 
 def _name_problems(field: str, names: tuple[str, ...]) -> list[Problem]:
-    found = []
-    if not names:
-        found.append((field, "empty; at least one name"))
     repeated = sorted({name for name in names if names.count(name) > 1})
-    found += [(field, f"{name!r} is there twice") for name in repeated]
-    return found
+    return [(field, f"{name!r} is there twice") for name in repeated]
 
 
 def _context_problems(options: ContextOptions) -> Iterator[Problem]:

@@ -177,8 +177,8 @@ class Worker:
         while not self._stopping:
             self._receive()
             self._end_cancelled()
-            self._admit()
             self._tick()
+            self._admit()  # after whatever sets sequences free, so that nobody waits for news
             if self._settling and all(r.phase is not Phase.CLOSING for r in self._active):
                 self._let_settled()
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import threading
 from typing import Final
 
-import structlog
-
 from erllama_core.errors import PluginUnavailable
 from erllama_core.interfaces.pressure import PressureReading
+from erllama_core.log import get_logger
 from erllama_pressure_nvidia.nvml import Device, Nvml
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 
 class NvidiaPressure:

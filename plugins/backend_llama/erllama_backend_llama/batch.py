@@ -1,0 +1,81 @@
+"""The arrays of one llama.cpp batch, made once and filled without work per token."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any, Final
+
+import numpy as np
+from llama_cpp import llama_cpp
+
+from erllama_core.errors import InvalidPrompt
+from erllama_core.interfaces.backend import Row
+
+_TOKEN: Final = np.dtype("<u4")
+
+
+class Batch:
+    """Memory for ``n_batch`` tokens in the layout of ``struct llama_batch``.
+
+    ``native`` points into the arrays and must not outlive this object.
+    """
+
+    def __init__(self, *, n_batch: int, n_seq: int, n_vocab: int) -> None:
+        self._n_batch = n_batch
+        self._n_vocab = n_vocab
+        self._tokens = np.zeros(n_batch, dtype=_TOKEN)
+        self._positions = np.zeros(n_batch, dtype=np.int32)
+        self._sequence_counts = np.ones(n_batch, dtype=np.int32)
+        self._sequences = np.zeros(n_batch, dtype=np.uintp)
+        self._wanted = np.zeros(n_batch, dtype=np.int8)
+        self._counting = np.arange(n_batch, dtype=np.int32)
+        # Every token points at its sequence's entry of this one array.
+        self._sequence_ids = np.arange(n_seq, dtype=np.int32)
+        first = self._sequence_ids.ctypes.data
+        self._pointers = [first + 4 * seq for seq in range(n_seq)]
+        native = llama_cpp.llama_batch()
+        native.n_tokens = 0
+        native.token = _pointer(self._tokens, ctypes.c_int32)
+        native.pos = _pointer(self._positions, ctypes.c_int32)
+        native.n_seq_id = _pointer(self._sequence_counts, ctypes.c_int32)
+        native.seq_id = _pointer(self._sequences, ctypes.POINTER(ctypes.c_int32))
+        native.logits = _pointer(self._wanted, ctypes.c_int8)
+        self.native: Final = native
+
+    def fill(self, rows: Sequence[Row]) -> list[int | None]:
+        """Lay the rows out; for each, the index of its logits, None where it wants none.
+
+        The caller has checked sequences and positions. Raises ValueError for rows that do not
+        fit or are no packed tokens, InvalidPrompt for ids outside the vocabulary.
+        """
+        outputs: list[int | None] = []
+        offset = 0
+        self._wanted[:] = 0
+        for row in rows:
+            tokens = np.frombuffer(row.tokens, dtype=_TOKEN)
+            count = tokens.size
+            end = offset + count
+            if end > self._n_batch:
+                raise ValueError(
+                    f"a step of more than {self._n_batch} tokens; split it, or load the model "
+                    f"with a larger context_opts.n_batch"
+                )
+            self._tokens[offset:end] = tokens
+            np.add(self._counting[:count], row.start, out=self._positions[offset:end])
+            self._sequences[offset:end] = self._pointers[row.seq]
+            if row.logits:
+                self._wanted[end - 1] = 1
+            outputs.append(end - 1 if row.logits else None)
+            offset = end
+        largest = int(self._tokens[:offset].max())
+        if largest >= self._n_vocab:
+            raise InvalidPrompt(
+                f"token {largest} is outside the vocabulary of {self._n_vocab} tokens"
+            )
+        self.native.n_tokens = offset
+        return outputs
+
+
+def _pointer(array: np.ndarray[Any, Any], element: Any) -> Any:
+    return ctypes.cast(array.ctypes.data, ctypes.POINTER(element))

@@ -1,0 +1,369 @@
+"""The context: KV state for several sequences, and the steps that extend it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+from llama_cpp import llama_cpp
+
+from erllama_backend_llama import logits, native
+from erllama_backend_llama.batch import Batch
+from erllama_backend_llama.context_params import native_params
+from erllama_backend_llama.kv_class import MemoryClass, claimed_class, prove
+from erllama_backend_llama.sampler import LlamaSampler
+from erllama_backend_llama.state import RangeTransfer, SequenceState
+from erllama_core.errors import (
+    DecodeFailed,
+    EngineClosed,
+    InvalidPrompt,
+    ModelLoadError,
+    NotSupported,
+    StateRejected,
+)
+from erllama_core.interfaces.backend import (
+    ContextOptions,
+    KVClass,
+    Mark,
+    RangeImport,
+    Row,
+    Sampler,
+)
+from erllama_core.log import get_logger
+
+log = get_logger(__name__)
+
+_BROKEN: Final = -1
+"""The length of a sequence whose cells are not known; it must be dropped."""
+
+DECODE_STATUS: Final = {
+    1: "there are not enough free KV cells for this step; drop a sequence, or load the model "
+    "with a larger context_opts.n_ctx",
+    2: "the step was aborted",
+    -1: "llama.cpp refused the batch as invalid",
+}
+"""What ``llama_decode`` returns, by llama.h; 0 is success, below -1 a fatal error."""
+
+
+class LlamaContext:
+    """A ``llama_context``. One thread alone calls it.
+
+    Sequence n_seq_max, beyond those that callers use, is empty but during an export or an
+    import. Positions and sequences are checked here: llama.cpp aborts the process on some that
+    are out of range and accepts others. Raises ModelLoadError when it cannot be opened.
+    """
+
+    def __init__(self, model: Any, options: ContextOptions, *, n_vocab: int) -> None:
+        self._n_vocab = n_vocab
+        claim = claimed_class(model, swa_full=options.swa_full)
+        n_seq_max = options.n_seq_max
+        # For recurrent models each sequence costs a whole state, and whole states need no scratch.
+        scratch = n_seq_max if claim.kv_class is KVClass.SPAN else None
+        n_seq = n_seq_max + (scratch is not None)
+        self._context: Any = _open(model, native_params(options, n_seq=n_seq, window=claim.window))
+        try:
+            self._n_ctx = int(llama_cpp.llama_n_ctx(self._context))
+            self._n_batch = int(llama_cpp.llama_n_batch(self._context))
+            self._n_seq_max = n_seq_max
+            self._lengths = [0] * n_seq_max
+            self._outputs: list[int | None] = []
+            self._batch = Batch(n_batch=self._n_batch, n_seq=n_seq, n_vocab=n_vocab)
+            self._state = SequenceState(self._context)
+            self.memory_class: Final = self._prove(model, claim, scratch)
+        except BaseException:
+            self.close()
+            raise
+        self._ranges: RangeTransfer | None = None
+        if scratch is not None and self.memory_class.sizes is not None:
+            self._ranges = RangeTransfer(
+                self._state,
+                scratch=scratch,
+                sizes=self.memory_class.sizes,
+                window=self.memory_class.window,
+            )
+
+    # ---------------------------------------------------------- properties
+
+    @property
+    def kv_class(self) -> KVClass:
+        return self.memory_class.kv_class
+
+    @property
+    def n_ctx(self) -> int:
+        return self._n_ctx
+
+    @property
+    def n_cells(self) -> int:
+        return self._n_ctx
+
+    @property
+    def n_seq_max(self) -> int:
+        return self._n_seq_max
+
+    @property
+    def n_batch(self) -> int:
+        return self._n_batch
+
+    @property
+    def max_block_tokens(self) -> int | None:
+        """The sliding window, for a model that has one and is SPAN class."""
+        has_window = self.kv_class is KVClass.SPAN and self.memory_class.window > 0
+        return self.memory_class.window if has_window else None
+
+    # ------------------------------------------------------------- compute
+
+    def step(self, rows: Sequence[Row]) -> None:
+        """Compute all rows in one native call; each sequence appears at most once.
+
+        Raises DecodeFailed with llama.cpp's status; ValueError, with nothing changed, for rows
+        that make no sense (InvalidPrompt for ids outside the vocabulary).
+        """
+        context = self._open_context()
+        self._check_rows(rows)
+        self._outputs = []
+        outputs = self._batch.fill(rows)
+        status = int(llama_cpp.llama_decode(context, self._batch.native))
+        if status != 0:
+            for row in rows:
+                self._lengths[row.seq] = _BROKEN
+            words = DECODE_STATUS.get(status, "llama.cpp failed while computing the step")
+            raise DecodeFailed(words, code=status)
+        for row in rows:
+            self._lengths[row.seq] = row.start + len(row.tokens) // 4
+        self._outputs = outputs
+
+    def sample(self, row: int, sampler: Sampler) -> int:
+        """Draw from the row's logits. Raises DecodeFailed when they are not numbers."""
+        if not isinstance(sampler, LlamaSampler):
+            raise TypeError(f"a sampler of this backend's new_sampler, got {sampler!r}")
+        output = self._output(row)
+        logits.check(self._logits(output))
+        token: int = llama_cpp.llama_sampler_sample(sampler.chain, self._context, output)
+        return token
+
+    def mark(self, row: int, size: int | None) -> Mark:
+        """The row's largest logits. Raises DecodeFailed when they are not numbers."""
+        values = self._logits(self._output(row))
+        logits.check(values)
+        return logits.make_mark(values, size)
+
+    # ----------------------------------------------------------- sequences
+
+    def drop(self, seq: int) -> None:
+        if self._context is not None and self._is_sequence(seq):
+            self._state.empty(seq)
+            self._lengths[seq] = 0
+
+    def truncate(self, seq: int, length: int) -> bool:
+        self._open_context()
+        current = self._length(seq)
+        if not 0 <= length <= current:
+            raise ValueError(f"sequence {seq} has {current} tokens, it cannot keep {length}")
+        if length == current:
+            return True
+        if length == 0:
+            self.drop(seq)
+            return True
+        if self._ranges is None or not self._ranges.can_stand_at(seq, length):
+            return False
+        if not self._state.cut(seq, length):
+            return False
+        self._lengths[seq] = length
+        return True
+
+    # --------------------------------------------------------------- state
+
+    def range_bytes(self, seq: int, start: int, end: int) -> int:
+        self._check_range(seq, start, end)
+        return self._transfer().sizes.of(end - start)
+
+    def export_range(self, seq: int, start: int, end: int, into: memoryview) -> None:
+        """Copy the range out. Raises StateRejected when not all of it is there any more,
+        which a sliding window's cells may not be; ValueError for a buffer of another size.
+        """
+        expected = self.range_bytes(seq, start, end)
+        if into.nbytes != expected:
+            raise ValueError(f"the range has {expected} bytes, the buffer {into.nbytes}")
+        self._transfer().export(seq, start, end, into)
+
+    def import_ranges(self, seq: int, ranges: Sequence[RangeImport]) -> None:
+        """Append stored ranges. While a range is imported all of it, what lies behind ``stop``
+        too, needs free cells. Raises StateRejected; what was restored until then stays until
+        the sequence is dropped, and nothing else is left behind.
+        """
+        self._open_context()
+        transfer = self._transfer()
+        length = self._length(seq)
+        self._check_chain(length, ranges)
+        # Until the chain is complete and proved so.
+        self._lengths[seq] = _BROKEN
+        for part in ranges:
+            transfer.restore(seq, part.start, part.end, part.stop, part.data)
+            length = part.stop
+        if not transfer.can_stand_at(seq, length):
+            raise StateRejected(f"the restored sequence lacks cells before position {length}")
+        self._lengths[seq] = length
+
+    def snapshot_bytes(self, seq: int) -> int:
+        self._check_snapshot(seq)
+        return self._state.size(seq)
+
+    def export_snapshot(self, seq: int, into: memoryview) -> None:
+        self._check_snapshot(seq)
+        self._state.read(seq, into)
+
+    def import_snapshot(self, seq: int, length: int, data: memoryview) -> None:
+        """Put the empty sequence at ``length`` tokens. Raises StateRejected; it is then empty."""
+        self._open_context()
+        self._require(KVClass.WHOLE)
+        if self._length(seq) != 0 or not 0 < length <= self._n_ctx:
+            raise ValueError(
+                f"a snapshot is restored into an empty sequence, at 1 to {self._n_ctx} tokens; "
+                f"sequence {seq} has {self._length(seq)}, {length} were asked for"
+            )
+        self._state.write(seq, data, None, length)
+        self._lengths[seq] = length
+
+    def close(self) -> None:
+        context, self._context = self._context, None
+        if context is not None:
+            self._outputs = []
+            llama_cpp.llama_free(context)
+
+    # -------------------------------------------------------------- checks
+
+    def _open_context(self) -> Any:
+        if self._context is None:
+            raise EngineClosed("the context was closed")
+        return self._context
+
+    def _is_sequence(self, seq: int) -> bool:
+        return 0 <= seq < self._n_seq_max
+
+    def _length(self, seq: int) -> int:
+        if not self._is_sequence(seq):
+            raise ValueError(f"sequences are 0 to {self._n_seq_max - 1}, got {seq}")
+        length = self._lengths[seq]
+        if length == _BROKEN:
+            raise ValueError(f"sequence {seq} failed earlier and must be dropped first")
+        return length
+
+    def _check_rows(self, rows: Sequence[Row]) -> None:
+        if not rows:
+            raise ValueError("a step needs at least one row")
+        seen: set[int] = set()
+        for row in rows:
+            length = self._length(row.seq)
+            if row.seq in seen:
+                raise ValueError(f"sequence {row.seq} appears twice in one step")
+            seen.add(row.seq)
+            if row.start != length:
+                raise ValueError(
+                    f"sequence {row.seq} has {length} tokens, the row starts at {row.start}"
+                )
+            size = len(row.tokens)
+            if size == 0 or size % 4:
+                raise ValueError(f"a row holds packed u32 tokens, at least one; got {size} bytes")
+            if row.start + size // 4 > self._n_ctx:
+                raise ValueError(
+                    f"sequence {row.seq} would have {row.start + size // 4} tokens; the context "
+                    f"has {self._n_ctx} cells"
+                )
+
+    def _check_range(self, seq: int, start: int, end: int) -> None:
+        self._open_context()
+        length = self._length(seq)
+        if not 0 <= start < end <= length:
+            raise ValueError(f"sequence {seq} has {length} tokens, not the range [{start}, {end})")
+        self._check_block(start, end)
+
+    def _check_block(self, start: int, end: int) -> None:
+        limit = self.max_block_tokens
+        if limit is not None and end - start > limit:
+            raise ValueError(
+                f"ranges of this model have at most {limit} tokens, its sliding window; "
+                f"got [{start}, {end})"
+            )
+
+    def _check_chain(self, length: int, ranges: Sequence[RangeImport]) -> None:
+        for part in ranges:
+            if part.start != length or not part.start < part.stop <= part.end <= self._n_ctx:
+                raise ValueError(
+                    f"the range [{part.start}, {part.end}) up to {part.stop} does not continue "
+                    f"a sequence of {length} tokens"
+                )
+            self._check_block(part.start, part.end)
+            length = part.stop
+
+    def _check_snapshot(self, seq: int) -> None:
+        self._open_context()
+        self._require(KVClass.WHOLE)
+        if self._length(seq) == 0:
+            raise ValueError(f"sequence {seq} is empty; there is no state to export")
+
+    def _require(self, kv_class: KVClass) -> None:
+        if self.kv_class is not kv_class:
+            raise NotSupported(
+                f"this model's state is of class {self.kv_class.value!r}, which has no "
+                f"{'ranges' if kv_class is KVClass.SPAN else 'snapshots'}"
+            )
+
+    def _transfer(self) -> RangeTransfer:
+        self._require(KVClass.SPAN)
+        assert self._ranges is not None
+        return self._ranges
+
+    def _output(self, row: int) -> int:
+        self._open_context()
+        output = self._outputs[row] if 0 <= row < len(self._outputs) else None
+        if output is None:
+            raise ValueError(f"row {row} of the last step has no logits")
+        return output
+
+    def _logits(self, output: int) -> logits.Logits:
+        pointer = llama_cpp.llama_get_logits_ith(self._context, output)
+        if not pointer:
+            raise DecodeFailed("llama.cpp kept no logits for a row that asked for them", code=0)
+        return logits.view(pointer, self._n_vocab)
+
+    # ------------------------------------------------------------- opening
+
+    def _prove(self, model: Any, claim: MemoryClass, scratch: int | None) -> MemoryClass:
+        def decode(count: int) -> None:
+            self._lengths[0] = 0
+            # One by one: a batch may be smaller than the proof.
+            for position in range(count):
+                token = (position % self._n_vocab).to_bytes(4, "little")
+                self.step([Row(0, position, token, logits=False)])
+
+        try:
+            proved, why = prove(
+                claim,
+                self._state,
+                rope_type=int(llama_cpp.llama_model_rope_type(model)),
+                scratch=scratch,
+                decode=decode,
+            )
+        except (DecodeFailed, InvalidPrompt, StateRejected) as error:
+            raise ModelLoadError(
+                "the model computes, but its state cannot be saved and restored, or it does not "
+                "compute at all",
+                reason=str(error),
+            ) from error
+        finally:
+            self._lengths[0] = 0
+        if why is not None:
+            log.warning("llama.state.whole_only", reason=why)
+        return proved
+
+
+def _open(model: Any, params: Any) -> Any:
+    with native.collect_log() as lines:
+        context = llama_cpp.llama_init_from_model(model, params)
+    if not context:
+        raise ModelLoadError(
+            "llama.cpp could not make a context; with too little memory lower "
+            "context_opts.n_ctx, otherwise see the reason",
+            reason=native.reason(lines),
+        )
+    return context

@@ -1,0 +1,115 @@
+"""``context_opts`` as llama.cpp takes them, checked before it can abort the process on them."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Final
+
+from llama_cpp import llama_cpp
+
+from erllama_core.errors import ModelLoadError, unknown_name
+from erllama_core.interfaces.backend import ContextOptions
+
+# enum ggml_type of ggml.h; those that llama.cpp accepts for its cache.
+CACHE_TYPES: Final = {
+    "f32": 0,
+    "f16": 1,
+    "bf16": 30,
+    "q8_0": 8,
+    "q4_0": 2,
+    "q4_1": 3,
+    "iq4_nl": 20,
+    "q5_0": 6,
+    "q5_1": 7,
+}
+_NOT_QUANTISED: Final = frozenset({"f32", "f16", "bf16"})
+_FLASH_ATTENTION: Final = {
+    "auto": llama_cpp.LLAMA_FLASH_ATTN_TYPE_AUTO,
+    True: llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED,
+    False: llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED,
+}
+_CELL_STEP: Final = 256
+"""llama.cpp rounds the number of cells up to a multiple of this (``GGML_PAD`` in
+llama_context's constructor), but clamps the batch to the number before rounding.
+"""
+_MAX_CELLS: Final = 2**31 - _CELL_STEP
+"""Positions are int32."""
+
+
+def check_options(options: ContextOptions) -> None:
+    """Raise ModelLoadError for options that llama.cpp refuses, crashes on or ignores."""
+    if not options.kv_unified:
+        raise ModelLoadError(
+            "context_opts.kv_unified = false: this backend keeps one pool of cells for all "
+            "sequences; leave kv_unified at true"
+        )
+    limits = {
+        "n_ctx": _MAX_CELLS,
+        "n_batch": _MAX_CELLS,
+        "n_ubatch": _MAX_CELLS,
+        # One more is opened for restoring state.
+        "n_seq_max": llama_cpp.llama_max_parallel_sequences() - 1,
+        "n_threads": 512,
+    }
+    for name, limit in limits.items():
+        value = getattr(options, name)
+        if value is not None and not 1 <= value <= limit:
+            raise ModelLoadError(f"context_opts.{name} is 1 to {limit}, got {value}")
+    if options.n_batch <= options.n_seq_max:
+        raise ModelLoadError(
+            f"context_opts.n_batch = {options.n_batch} must be larger than "
+            f"n_seq_max = {options.n_seq_max}: a step holds a token of every sequence"
+        )
+    for name in ("type_k", "type_v"):
+        value = getattr(options, name)
+        if value not in CACHE_TYPES:
+            raise ModelLoadError(unknown_name(f"context_opts.{name}", value, CACHE_TYPES))
+    if options.flash_attn not in _FLASH_ATTENTION:
+        raise ModelLoadError(
+            f'context_opts.flash_attn is true, false or "auto", got {options.flash_attn!r}'
+        )
+    if options.flash_attn is False and options.type_v not in _NOT_QUANTISED:
+        raise ModelLoadError(
+            f'context_opts.type_v = "{options.type_v}" needs flash attention; set flash_attn '
+            f'to true or "auto", or type_v to "f16"'
+        )
+
+
+def native_params(options: ContextOptions, *, n_seq: int, window: int) -> Any:
+    """``struct llama_context_params`` for ``n_seq`` native sequences.
+
+    ``window``: tokens of the model's sliding window, 0 when it has none. Everything that is
+    not an option keeps llama.cpp's default; RoPE is always the model's own.
+    """
+    threads = options.n_threads or default_threads()
+    params = llama_cpp.llama_context_default_params()
+    params.n_ctx = -(-options.n_ctx // _CELL_STEP) * _CELL_STEP
+    params.n_batch = options.n_batch
+    params.n_ubatch = min(options.n_ubatch, options.n_batch)
+    params.n_seq_max = n_seq
+    if window:
+        # With a sliding window a step must not be cut into several ubatches. Before it
+        # computes the first, llama.cpp places all of them by way of trial, which throws out
+        # cells that later ones no longer need, and puts back only those that it reused: the
+        # first is then computed with holes in its window, without any error (logits of a
+        # tiny gemma3 were off by 0.09 where rounding explains 0.005).
+        params.n_ubatch = max(params.n_ubatch, n_seq)
+        params.n_batch = params.n_ubatch
+    # A row has logits for its last token only. The default reserves a row of logits for each
+    # token of a ubatch: 300 MB with 512 tokens and a vocabulary of 150,000.
+    params.n_outputs_max = n_seq
+    params.n_threads = threads
+    params.n_threads_batch = threads
+    params.flash_attn_type = _FLASH_ATTENTION[options.flash_attn]
+    params.type_k = CACHE_TYPES[options.type_k]
+    params.type_v = CACHE_TYPES[options.type_v]
+    params.swa_full = options.swa_full
+    params.kv_unified = True
+    return params
+
+
+def default_threads() -> int:
+    """One per core that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

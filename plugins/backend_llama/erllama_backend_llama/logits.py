@@ -1,0 +1,64 @@
+"""Marks: the largest logits of a row, in the order in which they are stored."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from erllama_core.errors import DecodeFailed
+from erllama_core.interfaces.backend import Mark
+
+Logits = npt.NDArray[np.float32]
+
+
+def view(pointer: Any, n_vocab: int) -> Logits:
+    """llama.cpp's own row, valid until the next decode; not a copy."""
+    address = ctypes.addressof(pointer.contents)
+    row: Logits = np.ctypeslib.as_array((ctypes.c_float * n_vocab).from_address(address))
+    return row
+
+
+def check(row: Logits) -> None:
+    """Raise DecodeFailed unless the row can be sampled from.
+
+    One NaN in the KV cells makes all of a row NaN, and sampling from that draws garbage
+    without an error. The maximum shows it: NaN wins every comparison in numpy's.
+    """
+    if not math.isfinite(row.max()):
+        raise DecodeFailed(
+            "the model computed logits that are not numbers; the weights or a restored state "
+            "are damaged",
+            code=0,
+        )
+
+
+def make_mark(row: Logits, size: int | None) -> Mark:
+    """The ``size`` largest logits, largest first, equal ones by ascending token id.
+
+    ``size`` None, or at least the vocabulary's: all of them. ``row`` has passed :func:`check`.
+    """
+    n_vocab = row.size
+    if size is not None and size < 1:
+        raise ValueError(f"a mark of {size} logits; 1 at least")
+    if size is None or size >= n_vocab:
+        chosen = np.arange(n_vocab)
+    else:
+        smallest = np.partition(row, n_vocab - size)[n_vocab - size]
+        above = np.flatnonzero(row > smallest)
+        # flatnonzero ascends, so of equal logits at the edge the lowest ids are kept.
+        equal = np.flatnonzero(row == smallest)[: size - above.size]
+        chosen = np.sort(np.concatenate((above, equal)))
+    # A stable sort keeps ascending ids among equal logits.
+    chosen = chosen[np.argsort(-row[chosen], kind="stable")]
+    peak = float(row.max())
+    total = float(np.exp(row.astype(np.float64) - peak).sum())
+    return Mark(
+        tokens=chosen.astype("<u4").tobytes(),
+        logits=row[chosen].astype("<f4").tobytes(),
+        logsumexp=peak + math.log(total),
+        n_vocab=n_vocab,
+    )

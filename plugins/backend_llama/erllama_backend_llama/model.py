@@ -1,0 +1,186 @@
+"""Loaded weights."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Final
+
+from llama_cpp import llama_cpp
+
+from erllama_backend_llama import native
+from erllama_backend_llama.context import LlamaContext
+from erllama_backend_llama.context_params import check_options
+from erllama_backend_llama.gguf_check import check_gguf
+from erllama_backend_llama.identity import state_identity
+from erllama_backend_llama.options import LlamaOptions
+from erllama_backend_llama.quantisation import from_file_type
+from erllama_backend_llama.sampler import LlamaSampler
+from erllama_backend_llama.vocabulary import LlamaVocabulary
+from erllama_core.errors import EngineClosed, ModelLoadError
+from erllama_core.interfaces.backend import (
+    BackendRequest,
+    Context,
+    ContextOptions,
+    Identity,
+    PackedTokens,
+    Quantisation,
+    Sampler,
+    SamplingParams,
+    Vocabulary,
+)
+
+_SPLIT_MODES: Final = {
+    "none": llama_cpp.LLAMA_SPLIT_MODE_NONE,
+    "layer": llama_cpp.LLAMA_SPLIT_MODE_LAYER,
+    "row": llama_cpp.LLAMA_SPLIT_MODE_ROW,
+}
+_LOAD_MODES: Final = {
+    (False, False): llama_cpp.LLAMA_LOAD_MODE_NONE,
+    (True, False): llama_cpp.LLAMA_LOAD_MODE_MMAP,
+    (False, True): llama_cpp.LLAMA_LOAD_MODE_MLOCK,
+    (True, True): llama_cpp.LLAMA_LOAD_MODE_MMAP_MLOCK,
+}
+"""By use_mmap and use_mlock."""
+
+
+def load_model(request: BackendRequest) -> LlamaModel:
+    """Load the weights that ``request`` names; blocks while they are read.
+
+    Raises ModelLoadError, whose ``reason`` is what llama.cpp said. Thread-safe.
+    """
+    options = request.options
+    if not isinstance(options, LlamaOptions):
+        raise TypeError(f"model_opts of this backend are LlamaOptions, got {options!r}")
+    if request.model_path is None:
+        raise ModelLoadError('the backend "llama" needs model_path, the path of a GGUF file')
+    check_options(request.context)
+    check_gguf(request.model_path)
+    native.start()
+    params, _kept = _model_params(options)
+    with native.collect_log() as lines:
+        model = llama_cpp.llama_model_load_from_file(os.fsencode(request.model_path), params)
+    if not model:
+        raise ModelLoadError(
+            f"{request.model_path}: llama.cpp could not load the model; the file may be "
+            f"truncated, of an unknown architecture, or too large for the memory",
+            reason=native.reason(lines),
+        )
+    try:
+        _check_generates(model)
+        return LlamaModel(model, request.context)
+    except BaseException:
+        llama_cpp.llama_model_free(model)
+        raise
+
+
+class LlamaModel:
+    """A ``llama_model``. Thread-safe but for :meth:`open_context` and :meth:`close`."""
+
+    def __init__(self, model: Any, options: ContextOptions) -> None:
+        """Takes ``model`` over when it returns; raises without having freed it."""
+        self._options = options
+        self._metadata: Final = _metadata(model)
+        self._vocabulary: Final = LlamaVocabulary(model)
+        self.description: Final = _string(partial(llama_cpp.llama_model_desc, model))
+        self.quantisation: Final[Quantisation] = from_file_type(
+            int(llama_cpp.llama_model_ftype(model))
+        )
+        template = llama_cpp.llama_model_chat_template(model, None)
+        self.chat_template: Final[str | None] = (
+            template.decode("utf-8", "replace") if template else None
+        )
+        self._context: LlamaContext | None = None
+        self._model: Any = model
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        return self._vocabulary
+
+    def identity(self) -> Identity:
+        if self._context is None:
+            raise ValueError("a model's identity is known once its context was opened")
+        return state_identity(
+            self._options,
+            self._context.memory_class,
+            self._metadata,
+            n_ctx=self._context.n_ctx,
+        )
+
+    def open_context(self) -> Context:
+        if self._model is None:
+            raise EngineClosed("the model was unloaded")
+        if self._context is not None:
+            raise ValueError("the context was opened before")
+        self._context = LlamaContext(self._model, self._options, n_vocab=self._vocabulary.n_tokens)
+        return self._context
+
+    def new_sampler(self, params: SamplingParams, history: PackedTokens) -> Sampler:
+        """A sampler of its own. Raises ValueError for parameters that mean nothing."""
+        return LlamaSampler(params, history, self._vocabulary.n_tokens)
+
+    def close(self) -> None:
+        """Free the weights, and before them the context if that is still open. Idempotent."""
+        model, self._model = self._model, None
+        if model is None:
+            return
+        self._vocabulary.close()
+        if self._context is not None:
+            self._context.close()
+        llama_cpp.llama_model_free(model)
+
+
+def _model_params(options: LlamaOptions) -> tuple[Any, Any]:
+    """``struct llama_model_params``, and what must stay alive while it is used."""
+    params = llama_cpp.llama_model_default_params()
+    params.n_gpu_layers = options.n_gpu_layers
+    params.main_gpu = options.main_gpu
+    params.split_mode = _SPLIT_MODES[options.split_mode]
+    params.load_mode = _LOAD_MODES[options.use_mmap, options.use_mlock]
+    if not options.tensor_split:
+        return params, None
+    devices = int(llama_cpp.llama_max_devices())
+    if len(options.tensor_split) > devices:
+        raise ModelLoadError(
+            f"model_opts.tensor_split has {len(options.tensor_split)} proportions; this build "
+            f"of llama.cpp knows at most {devices} devices"
+        )
+    # llama.cpp reads one for every device it could have.
+    shares = (ctypes.c_float * devices)(*options.tensor_split)
+    params.tensor_split = ctypes.cast(shares, ctypes.POINTER(ctypes.c_float))
+    return params, shares
+
+
+def _check_generates(model: Any) -> None:
+    if (
+        llama_cpp.llama_model_has_encoder(model)
+        or not llama_cpp.llama_model_has_decoder(model)
+        or llama_cpp.llama_model_is_diffusion(model)
+    ):
+        raise ModelLoadError(
+            "this is no decoder-only language model (it has an encoder, or generates by "
+            "diffusion); the backend cannot run it"
+        )
+
+
+def _metadata(model: Any) -> dict[str, str]:
+    """The file's scalar metadata; arrays are left out by llama.cpp."""
+    key_at = llama_cpp.llama_model_meta_key_by_index
+    value_at = llama_cpp.llama_model_meta_val_str_by_index
+    return {
+        _string(partial(key_at, model, index)): _string(partial(value_at, model, index))
+        for index in range(int(llama_cpp.llama_model_meta_count(model)))
+    }
+
+
+def _string(read: Callable[[Any, int], int]) -> str:
+    """What ``read(buffer, size)`` writes; it returns the length that it would need."""
+    size = 256
+    buffer = ctypes.create_string_buffer(size)
+    length = read(buffer, size)
+    if length >= size:
+        buffer = ctypes.create_string_buffer(length + 1)
+        read(buffer, length + 1)
+    return buffer.value.decode("utf-8", "replace")

@@ -1,0 +1,40 @@
+"""``model_opts`` of a model whose backend is ``llama``."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import attrs
+from attrs import validators
+
+ALL_LAYERS = -1
+
+
+def _shares(
+    _options: LlamaOptions, attribute: attrs.Attribute[tuple[float, ...]], shares: tuple[float, ...]
+) -> None:
+    if any(not math.isfinite(share) or share < 0.0 for share in shares):
+        raise ValueError(f"{attribute.name} holds proportions, each 0 or more; got {shares}")
+    if shares and not any(shares):
+        raise ValueError(f"{attribute.name} gives no device a share of the model; got {shares}")
+
+
+@attrs.frozen(kw_only=True)
+class LlamaOptions:
+    """How the weights are loaded. ValueError for values that cannot mean anything."""
+
+    n_gpu_layers: int = attrs.field(default=ALL_LAYERS, validator=validators.ge(ALL_LAYERS))
+    """Layers on the GPU; -1: all. A build without GPU support keeps them all on the CPU."""
+    main_gpu: int = attrs.field(default=0, validator=validators.ge(0))
+    """The device that has the whole model when ``split_mode`` is ``"none"``."""
+    split_mode: Literal["none", "layer", "row"] = attrs.field(
+        default="layer", validator=validators.in_(("none", "layer", "row"))
+    )
+    """How several GPUs share the model."""
+    tensor_split: tuple[float, ...] = attrs.field(default=(), converter=tuple, validator=_shares)
+    """Each device's proportion of the model; empty: by free memory."""
+    use_mmap: bool = True
+    """Map the file instead of reading it: pages are shared and loaded as they are needed."""
+    use_mlock: bool = False
+    """Keep the weights from being swapped out."""

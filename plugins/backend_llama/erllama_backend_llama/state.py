@@ -1,0 +1,167 @@
+"""State of a sequence, in and out of llama.cpp.
+
+What llama.cpp checks, and what it does not, was measured for the pinned release:
+
+* A failed or partial import leaves cells behind, even where it says 0. So state is only ever
+  put into an empty sequence, and that one is emptied on any failure.
+* It accepts a blob that describes other positions than it should. So positions and size are
+  compared with what was asked for.
+* Numbers inside a blob are never checked. That is for the checksum of whoever stored it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections.abc import Iterator
+from typing import Any, Final
+
+import attrs
+import numpy as np
+from llama_cpp import llama_cpp
+
+from erllama_core.errors import StateRejected
+
+_BYTES: Final = ctypes.POINTER(ctypes.c_uint8)
+
+
+@attrs.frozen
+class RangeSizes:
+    """Bytes of an exported range: so many, and so many more for each token."""
+
+    fixed: int
+    per_token: int
+
+    def of(self, tokens: int) -> int:
+        return self.fixed + self.per_token * tokens
+
+
+class SequenceState:
+    """Whole states of sequences, and cells copied between them. One thread."""
+
+    def __init__(self, context: Any) -> None:
+        self._context = context
+        self._memory: Any = llama_cpp.llama_get_memory(context)
+
+    def size(self, seq: int) -> int:
+        """Bytes of the state as it is now."""
+        return int(llama_cpp.llama_state_seq_get_size(self._context, seq))
+
+    def positions(self, seq: int) -> tuple[int, int]:
+        """First and last position; (-1, -1) when the sequence is empty."""
+        return (
+            int(llama_cpp.llama_memory_seq_pos_min(self._memory, seq)),
+            int(llama_cpp.llama_memory_seq_pos_max(self._memory, seq)),
+        )
+
+    def empty(self, seq: int) -> None:
+        llama_cpp.llama_memory_seq_rm(self._memory, seq, -1, -1)
+
+    def cut(self, seq: int, length: int) -> bool:
+        """Keep positions below ``length``; whether llama.cpp could."""
+        return bool(llama_cpp.llama_memory_seq_rm(self._memory, seq, length, -1))
+
+    def share(self, source: int, target: int, start: int, end: int) -> None:
+        """Let ``target`` have the cells [start, end) of ``source`` too; nothing is copied."""
+        llama_cpp.llama_memory_seq_cp(self._memory, source, target, start, end)
+
+    def clear(self) -> None:
+        """Empty every sequence and zero the cells."""
+        llama_cpp.llama_memory_clear(self._memory, True)
+
+    def read(self, seq: int, into: memoryview) -> None:
+        """Copy the state out. Raises StateRejected unless it fills ``into`` exactly."""
+        buffer = np.frombuffer(into, dtype=np.uint8)
+        if not buffer.flags.writeable:
+            raise ValueError("a state is exported into writable memory, got a read-only view")
+        written = llama_cpp.llama_state_seq_get_data(
+            self._context, ctypes.cast(buffer.ctypes.data, _BYTES), buffer.size, seq
+        )
+        if written != buffer.size:
+            raise StateRejected(
+                f"llama.cpp exported {written} bytes of state where {buffer.size} were expected"
+            )
+
+    def write(self, seq: int, data: memoryview, start: int | None, end: int) -> None:
+        """Put exported state into the empty sequence ``seq``.
+
+        It must turn out to stand at [start, end); ``start`` None leaves the first position
+        open. Raises StateRejected, with the sequence empty.
+        """
+        buffer = np.frombuffer(data, dtype=np.uint8)
+        taken = llama_cpp.llama_state_seq_set_data(
+            self._context, ctypes.cast(buffer.ctypes.data, _BYTES), buffer.size, seq
+        )
+        problem = self._problem(seq, int(taken), buffer.size, start, end)
+        if problem is not None:
+            self.empty(seq)
+            raise StateRejected(problem)
+
+    def _problem(self, seq: int, taken: int, size: int, start: int | None, end: int) -> str | None:
+        if taken != size:
+            return (
+                f"llama.cpp took {taken} of {size} bytes of state: they are of another layout, "
+                f"damaged, or too many for the free cells"
+            )
+        first, last = self.positions(seq)
+        if last != end - 1 or (start is not None and first != start):
+            return f"the state holds positions {first} to {last}, not {start or 0} to {end - 1}"
+        now = self.size(seq)
+        if now != size:
+            return f"the state has {size} bytes, but {now} once it was restored"
+        return None
+
+
+class RangeTransfer:
+    """Ranges of cells, in and out through one sequence that is otherwise empty. One thread.
+
+    ``window``: positions that a sliding window looks back over, 0 where there is none.
+    llama.cpp gives cells that lie behind a sequence's window to whoever needs cells, even
+    when it keeps them (``swa_full``). They do not matter where the sequence stands, but an
+    export or a cut that reaches back to them must be refused; only the size shows it.
+    """
+
+    def __init__(
+        self, state: SequenceState, *, scratch: int, sizes: RangeSizes, window: int
+    ) -> None:
+        self._state = state
+        self._scratch = scratch
+        self._window = window
+        self.sizes: Final = sizes
+
+    def export(self, seq: int, start: int, end: int, into: memoryview) -> None:
+        """Raises StateRejected when the range is not there whole; ``into`` is then garbage."""
+        with self._using_scratch() as scratch:
+            self._state.share(seq, scratch, start, end)
+            self._state.read(scratch, into)
+
+    def restore(self, seq: int, start: int, end: int, stop: int, data: memoryview) -> None:
+        """Append cells [start, stop) of the exported range [start, end) to ``seq``.
+
+        All of the range needs free cells for a moment. Raises StateRejected; ``seq`` is as it
+        was.
+        """
+        expected = self.sizes.of(end - start)
+        if data.nbytes != expected:
+            raise StateRejected(
+                f"a range of {end - start} tokens has {expected} bytes here, got {data.nbytes}"
+            )
+        with self._using_scratch() as scratch:
+            self._state.write(scratch, data, start, end)
+            self._state.share(scratch, seq, start, stop)
+
+    def can_stand_at(self, seq: int, length: int) -> bool:
+        """Whether every cell that the token at ``length`` looks back to is there."""
+        start = max(0, length - self._window + 1) if self._window else 0
+        if start >= length:
+            return True
+        with self._using_scratch() as scratch:
+            self._state.share(seq, scratch, start, length)
+            return self._state.size(scratch) == self.sizes.of(length - start)
+
+    @contextlib.contextmanager
+    def _using_scratch(self) -> Iterator[int]:
+        try:
+            yield self._scratch
+        finally:
+            self._state.empty(self._scratch)

@@ -1,0 +1,119 @@
+"""Which operations a model's memory is said to allow, and how that is proved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from structlog.testing import capture_logs
+
+from erllama_backend_llama import kv_class as kv_class_module
+from erllama_backend_llama.kv_class import v_transposed
+from erllama_backend_llama.state import RangeTransfer, SequenceState
+from erllama_core.errors import ModelLoadError, StateRejected
+from erllama_core.interfaces.backend import KVClass, Row
+
+Bench = Callable[..., Any]
+
+
+@pytest.mark.parametrize(
+    ("arch", "options", "kv_class", "block"),
+    [
+        ("llama", {}, KVClass.SPAN, None),
+        ("gemma3", {}, KVClass.SPAN, 64),
+        ("gemma3", {"swa_full": False}, KVClass.WHOLE, None),
+        ("mamba", {}, KVClass.WHOLE, None),
+        ("lfm2", {}, KVClass.WHOLE, None),
+        ("qwen35", {}, KVClass.WHOLE, None),
+    ],
+)
+@pytest.mark.parametrize("flash_attn", [False, "auto"])
+def test_class_follows_the_memory(
+    bench: Bench,
+    arch: str,
+    options: dict[str, Any],
+    kv_class: KVClass,
+    block: int | None,
+    flash_attn: Any,
+) -> None:
+    """Full attention and a kept window are cut freely, everything else is whole; the proof
+    agrees, silently.
+    """
+    with capture_logs() as logs:
+        context = bench(arch, flash_attn=flash_attn, **options).context
+    assert (context.kv_class, context.max_block_tokens) == (kv_class, block)
+    assert not [entry for entry in logs if entry["log_level"] == "warning"]
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma3", "mamba", "lfm2", "qwen35"])
+def test_the_proof_leaves_the_context_empty(bench: Bench, arch: str) -> None:
+    """After opening, every cell is free and every sequence is empty."""
+    b = bench(arch, n_ctx=256, n_seq_max=2)
+    for seq in range(2 if b.context.kv_class is KVClass.WHOLE else 3):
+        assert b.context._state.positions(seq) == (-1, -1)
+    b.feed(1, [index % 256 for index in range(256)])
+    with pytest.raises(ValueError, match="no logits"):
+        bench(arch).context.mark(0, None)
+
+
+def test_a_failed_proof_falls_back_to_whole_states(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where ranges do not come back as they were, snapshots are used, with a warning."""
+
+    def restore_too_little(
+        self: RangeTransfer, seq: int, start: int, end: int, stop: int, data: memoryview
+    ) -> None:
+        with self._using_scratch() as scratch:
+            self._state.write(scratch, data, start, end)
+            self._state.share(scratch, seq, start, max(start + 1, stop - 1))
+
+    monkeypatch.setattr(RangeTransfer, "restore", restore_too_little)
+    with capture_logs() as logs:
+        b = bench("llama", n_seq_max=2)
+    assert b.context.kv_class is KVClass.WHOLE
+    assert [entry["event"] for entry in logs if entry["log_level"] == "warning"] == [
+        "llama.state.whole_only"
+    ]
+    b.feed(0, list(range(40)))
+    data = b.snapshot(0)
+    b.restore_snapshot(1, 40, data)
+    assert not b.truncate(1, 20)
+    b.decode(1, [1])
+
+
+def test_a_model_whose_state_cannot_be_restored_is_not_loaded(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without even whole states nothing would be right, so opening fails and says why."""
+
+    def refuse(*_: object) -> None:
+        raise StateRejected("it differs")
+
+    monkeypatch.setattr(SequenceState, "write", refuse)
+    with pytest.raises(ModelLoadError, match="it differs"):
+        bench("mamba")
+
+
+def test_unknown_layouts_are_unknown() -> None:
+    """A blob that is laid out otherwise gives None, not a guess."""
+    assert v_transposed(b"", has_more_positions=False) is None
+    assert v_transposed(bytes(400), has_more_positions=False) is None
+    assert v_transposed(b"\1\0\0\0" * 100, has_more_positions=True) is None
+
+
+def test_sizes_are_proved_not_assumed(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A memory whose ranges do not grow by the same for each token is not cut."""
+    original = SequenceState.size
+    bias = iter(range(100))
+    monkeypatch.setattr(
+        SequenceState, "size", lambda self, seq: original(self, seq) + next(bias) ** 2
+    )
+    monkeypatch.setattr(kv_class_module, "prove_whole", lambda _state: None)
+    monkeypatch.setattr(SequenceState, "read", lambda *_: None)
+    with capture_logs() as logs:
+        b = bench("llama")
+    assert b.context.kv_class is KVClass.WHOLE
+    assert "linear" in str(logs)
+    b.context.step([Row(0, 0, b.pack([1]), logits=True)])

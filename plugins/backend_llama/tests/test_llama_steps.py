@@ -1,0 +1,149 @@
+"""Steps: what they compute, and what they refuse."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from llama_cpp import llama_cpp
+
+from erllama_backend_llama.context import DECODE_STATUS
+from erllama_core.errors import DecodeFailed, EngineClosed, InvalidPrompt
+from erllama_core.interfaces.backend import Row, SamplingParams
+
+Bench = Callable[..., Any]
+TOKENS = [(11 * index + 3) % 256 for index in range(300)]
+
+
+def test_rows_of_one_step_are_independent(bench: Bench) -> None:
+    """Several sequences in one step get the logits that each gets alone."""
+    together, alone = bench("llama", n_seq_max=3), bench("llama", n_seq_max=3)
+    parts = [TOKENS[:40], TOKENS[40:41], TOKENS[50:130]]
+    rows = [Row(seq, 0, together.pack(part), logits=seq != 1) for seq, part in enumerate(parts)]
+    together.context.step(rows)
+    for row in (0, 2):
+        got = together.whole_row(together.context.mark(row, None))
+        # Rounding depends on the shape of the batch; another row's logits are off by 1 and more.
+        assert np.abs(got - alone.feed(row, parts[row])).max() < 0.03
+    with pytest.raises(ValueError, match="no logits"):
+        together.context.mark(1, None)
+
+
+def test_memoryviews_are_tokens_too(bench: Bench) -> None:
+    """A row may hold any bytes-like packed tokens."""
+    b = bench("llama", n_seq_max=2)
+    packed = b.pack(TOKENS[:30])
+    b.context.step([Row(0, 0, memoryview(b"zz" + packed)[2:], logits=True)])
+    first = b.whole_row(b.context.mark(0, None))
+    b.drop(0)
+    b.context.step([Row(0, 0, packed, logits=True)])
+    assert np.array_equal(first, b.whole_row(b.context.mark(0, None)))
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([], "at least one row"),
+        ([Row(0, 0, b"", True)], "packed u32"),
+        ([Row(0, 0, b"abc", True)], "packed u32"),
+        ([Row(2, 0, b"\1\0\0\0", True)], "sequences are 0 to 1"),
+        ([Row(-1, 0, b"\1\0\0\0", True)], "sequences are 0 to 1"),
+        ([Row(0, 1, b"\1\0\0\0", True)], "has 0 tokens"),
+        ([Row(0, -1, b"\1\0\0\0", True)], "has 0 tokens"),
+        ([Row(0, 0, b"\1\0\0\0", True), Row(0, 0, b"\1\0\0\0", True)], "twice"),
+        ([Row(0, 0, b"\1\0\0\0" * 257, True)], "256 cells"),
+        ([Row(0, 0, b"\1\0\0\0" * 33, True)], "more than 32 tokens"),
+        ([Row(0, 0, b"\1\0\0\0" * 20, True), Row(1, 0, b"\1\0\0\0" * 13, True)], "more than 32"),
+    ],
+)
+def test_impossible_rows_change_nothing(bench: Bench, rows: list[Row], words: str) -> None:
+    """Rows that make no sense are a ValueError before llama.cpp sees them."""
+    b = bench("llama", n_ctx=256, n_batch=32, n_seq_max=2)
+    with pytest.raises(ValueError, match=words):
+        b.context.step(rows)
+    b.feed(0, TOKENS[:10])
+
+
+@pytest.mark.parametrize("token", [288, 2**31 - 1, 2**31, 2**32 - 1])
+def test_tokens_outside_the_vocabulary_are_refused(bench: Bench, token: int) -> None:
+    """An id that the vocabulary lacks is an InvalidPrompt, wherever in the batch it is."""
+    b = bench("llama")
+    with pytest.raises(InvalidPrompt, match="outside the vocabulary"):
+        b.context.step([Row(0, 0, b.pack([1, 2, token, 3]), logits=True)])
+    b.feed(0, TOKENS[:10])
+
+
+def test_a_step_without_free_cells_fails_and_can_be_recovered(bench: Bench) -> None:
+    """Too few cells: status 1, the row's sequence must be dropped, others go on."""
+    b = bench("llama", n_ctx=256, n_seq_max=2)
+    b.feed(0, TOKENS[:200])
+    b.feed(1, TOKENS[:50])
+    with pytest.raises(DecodeFailed, match="n_ctx") as error:
+        b.feed(1, TOKENS[:50])
+    assert error.value.code == 1
+    with pytest.raises(ValueError, match="dropped"):
+        b.context.step([Row(1, 50, b.pack([1]), logits=True)])
+    with pytest.raises(ValueError, match="no logits"):
+        b.context.mark(0, None)
+    b.drop(1)
+    b.feed(1, TOKENS[:50])
+    b.feed(0, [1])
+
+
+@pytest.mark.parametrize("status", [1, 2, -1, -2, -3])
+def test_every_status_is_told_in_words(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    """Each status of llama_decode becomes a DecodeFailed with that code and its meaning."""
+    b = bench("llama")
+    monkeypatch.setattr(llama_cpp, "llama_decode", lambda *_: status)
+    with pytest.raises(DecodeFailed) as error:
+        b.context.step([Row(0, 0, b.pack([1]), logits=True)])
+    assert error.value.code == status
+    assert DECODE_STATUS.get(status, "llama.cpp failed") in str(error.value)
+
+
+def test_logits_that_are_not_numbers_are_refused(bench: Bench) -> None:
+    """A state of NaN is found out when a token is drawn from it or a mark taken."""
+    b = bench("llama", n_seq_max=1)
+    b.feed(0, TOKENS[:32])
+    data = bytearray(b.export(0, 0, 32))
+    data[-4096:] = b"\xff" * 4096
+    b.drop(0)
+    b.restore(0, [(0, 32, bytes(data))])
+    b.context.step([Row(0, 32, b.pack([1]), logits=True)])
+    sampler = b.model.new_sampler(SamplingParams(), b"")
+    with pytest.raises(DecodeFailed, match="not numbers"):
+        b.context.sample(0, sampler)
+    with pytest.raises(DecodeFailed, match="not numbers"):
+        b.context.mark(0, 10)
+    sampler.close()
+
+
+def test_sequences_are_dropped_without_an_error(bench: Bench) -> None:
+    """Dropping what is empty, unknown, or of a closed context does nothing."""
+    b = bench("llama", n_seq_max=2)
+    for seq in (0, 1, 2, -1, 99):
+        b.context.drop(seq)
+    b.context.close()
+    b.context.drop(0)
+
+
+def test_a_closed_context_refuses_everything_else(bench: Bench) -> None:
+    """After close, which may be called again, each call is an EngineClosed."""
+    b = bench("llama")
+    b.feed(0, TOKENS[:10])
+    b.context.close()
+    b.context.close()
+    calls: list[Callable[[], object]] = [
+        lambda: b.context.step([Row(0, 10, b.pack([1]), logits=True)]),
+        lambda: b.context.mark(0, None),
+        lambda: b.context.truncate(0, 5),
+        lambda: b.context.range_bytes(0, 0, 5),
+        lambda: b.context.import_ranges(0, []),
+    ]
+    for call in calls:
+        with pytest.raises(EngineClosed):
+            call()

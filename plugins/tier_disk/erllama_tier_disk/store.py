@@ -1,0 +1,327 @@
+"""The tier: one file per object below a root."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+import threading
+import time
+import weakref
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Final
+
+from erllama_core.errors import BlockNotFound, TierError
+from erllama_core.interfaces.block import Bytes, ObjectId
+from erllama_core.interfaces.tier import Allocate, ScanFailure, ScannedObject, TierUsage
+from erllama_core.log import get_logger
+from erllama_tier_disk.failure import tier_error
+from erllama_tier_disk.folders import absolute_root, create_private, make_private, open_root
+from erllama_tier_disk.layout import OBJECTS, object_path, temporary_name
+from erllama_tier_disk.ledger import Ledger
+from erllama_tier_disk.transfer import read_into, sync_directory, sync_file, write_all
+from erllama_tier_disk.walk import (
+    NotAFile,
+    ObjectFile,
+    TemporaryFile,
+    open_regular,
+    read_head,
+    walk,
+)
+
+_USE_RESOLUTION_NS: Final = 60 * 1_000_000_000
+"""A file's time of last use is written when it is off by more than this, as relatime does."""
+_CREATE_ATTEMPTS: Final = 3
+
+log = get_logger(__name__)
+
+
+class FileTier:
+    """Objects as files; see ``Tier`` for what its methods promise. Thread-safe, fork-safe.
+
+    Any number of processes may share a root: a file appears whole, by a rename, and equal
+    names mean equal contents. A file's modification time is when it was last used. Raises
+    TierError from the constructor when the root cannot be used.
+    """
+
+    def __init__(
+        self, root: Path, *, quota_bytes: int | None = None, read_only: bool = False
+    ) -> None:
+        self._root = absolute_root(root)
+        self._read_only = read_only
+        self._closed = False
+        self._ledger = Ledger(quota_bytes)
+        # Held while a name comes or goes together with its ledger entry, so that the sum is
+        # exact whichever of two threads is first; never while an object's bytes are moved.
+        self._lock = threading.Lock()
+        self._anchored: set[Path] = set()
+        open_root(self._root, read_only=read_only)
+        _tiers.add(self)
+
+    def put(self, object_id: ObjectId, parts: Sequence[Bytes], *, durable: bool = False) -> None:
+        """Store an object, also over a file that is there: that one may be damaged."""
+        self._require_writable(object_id)
+        size = sum(len(part) for part in parts)
+        path = object_path(self._root, object_id)
+        with self._lock:
+            self._ledger.reserve(object_id, size)
+        try:
+            temporary, fd = self._create_temporary(path.parent)
+            try:
+                try:
+                    write_all(fd, parts)
+                    if durable:
+                        sync_file(fd)
+                finally:
+                    os.close(fd)
+                with self._lock:
+                    temporary.replace(path)
+                    self._ledger.commit(object_id, size)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    temporary.unlink()
+                raise
+        except BaseException as error:
+            with self._lock:
+                self._ledger.cancel(size)
+            if isinstance(error, OSError):
+                raise tier_error("store", path, error) from error
+            raise
+        if durable:
+            try:
+                self._anchor(path.parent)
+            except OSError as error:
+                raise tier_error("make durable", path, error) from error
+
+    def read(self, object_id: ObjectId, allocate: Allocate) -> memoryview:
+        """Read an object into a buffer of the caller's."""
+        self._require_open(object_id)
+        path = object_path(self._root, object_id)
+        try:
+            fd, status = open_regular(path)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            self._forget_if_gone(object_id, path)
+            raise BlockNotFound(f"{path} is not there") from error
+        except NotAFile as error:
+            raise TierError(f"cannot read {path}: {error}; move it away") from error
+        except OSError as error:
+            raise tier_error("read", path, error) from error
+        try:
+            buffer = allocate(status.st_size)
+            try:
+                done = read_into(fd, buffer)
+                self._record(object_id, fd, status.st_size)
+            except OSError as error:
+                raise tier_error("read", path, error) from error
+            if done < len(buffer):
+                raise TierError(
+                    f"cannot read {path}: it was cut from {len(buffer)} to {done} bytes meanwhile"
+                )
+            self._note_use(fd, status)
+        finally:
+            os.close(fd)
+        return buffer
+
+    def delete(self, object_id: ObjectId) -> int:
+        """Remove an object's file."""
+        self._require_writable(object_id)
+        path = object_path(self._root, object_id)
+        with self._lock:
+            try:
+                size = path.lstat().st_size
+                path.unlink()
+            except (FileNotFoundError, NotADirectoryError):
+                size = 0
+            except OSError as error:
+                raise tier_error("delete", path, error) from error
+            self._ledger.forget(object_id)
+        return size
+
+    def contains(self, object_id: ObjectId) -> bool:
+        """Whether a file of that name is there; what is in it is not looked at."""
+        self._require_open(object_id)
+        path = object_path(self._root, object_id)
+        try:
+            return stat.S_ISREG(path.lstat().st_mode)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError as error:
+            raise tier_error("look for", path, error) from error
+
+    def scan(self) -> Iterator[ScannedObject | ScanFailure]:
+        """List the store, and remove what killed writers left behind.
+
+        A file under an object's name is a ScannedObject even when its content is damaged, so
+        that it can be deleted by that name; its ``head`` is then what there is. Ends early,
+        without an error, when the tier is closed meanwhile.
+        """
+        self._require_open(None)
+        return self._scan()
+
+    def usage(self) -> TierUsage:
+        """The size of all files that this process has written, read or scanned.
+
+        What other processes write counts from the next scan or read of it.
+        """
+        return TierUsage(self._ledger.used_bytes, self._ledger.quota_bytes)
+
+    def location(self, object_id: ObjectId) -> str:
+        """The object's path."""
+        return str(object_path(self._root, object_id))
+
+    def close(self) -> None:
+        """Refuse everything from now on; calls that are under way end normally."""
+        self._closed = True
+
+    # ------------------------------------------------------------------ scan
+
+    def _scan(self) -> Iterator[ScannedObject | ScanFailure]:
+        with self._lock:
+            unseen = self._ledger.objects()
+        swept_files = swept_bytes = 0
+        for found in walk(self._root / OBJECTS):
+            if self._closed:
+                return
+            match found:
+                case ObjectFile(object_id=object_id):
+                    unseen.discard(object_id)
+                    scanned = self._look_at(found)
+                    if scanned is not None:
+                        yield scanned
+                case TemporaryFile():
+                    try:
+                        freed = self._sweep(found)
+                    except OSError as error:
+                        yield ScanFailure(found.path, f"leftover: {error.strerror or error}")
+                    else:
+                        swept_files += freed is not None
+                        swept_bytes += freed or 0
+                case ScanFailure():
+                    yield found
+        for object_id in unseen:
+            self._forget_if_gone(object_id, object_path(self._root, object_id))
+        if swept_files:
+            log.info("tier.swept", root=str(self._root), files=swept_files, size_bytes=swept_bytes)
+
+    def _look_at(self, found: ObjectFile) -> ScannedObject | ScanFailure | None:
+        """None: it vanished."""
+        try:
+            fd, status = open_regular(found.path)
+            try:
+                head = read_head(fd)
+                self._record(found.object_id, fd, status.st_size)
+            finally:
+                os.close(fd)
+        except FileNotFoundError:
+            self._forget_if_gone(found.object_id, Path(found.path))
+            return None
+        except NotAFile as error:
+            return ScanFailure(found.path, str(error))
+        except OSError as error:
+            return ScanFailure(found.path, error.strerror or str(error))
+        return ScannedObject(found.object_id, head, status.st_size, status.st_mtime_ns)
+
+    def _sweep(self, found: TemporaryFile) -> int | None:
+        """Bytes freed; None if the file stays, or is gone. Raises OSError."""
+        if self._read_only:
+            return None
+        path = Path(found.path)
+        try:
+            status = path.lstat()
+            if found.owner.may_live(time.time() - status.st_mtime):
+                return None
+            path.unlink()
+        except FileNotFoundError:
+            return None
+        return status.st_size
+
+    # ------------------------------------------------------------- accounting
+
+    def _record(self, object_id: ObjectId, fd: int, size: int) -> None:
+        """Note the size of a file that was found; nothing to do for most."""
+        if self._ledger.size(object_id) == size:
+            return
+        with self._lock:
+            status = os.fstat(fd)
+            # No links: deleted or replaced since it was opened, and the ledger knows.
+            if status.st_nlink:
+                self._ledger.record(object_id, status.st_size)
+
+    def _forget_if_gone(self, object_id: ObjectId, path: Path) -> None:
+        """Another process removed the file, unless a thread of ours has just stored it again."""
+        if self._ledger.size(object_id) is None:
+            return
+        with self._lock:
+            try:
+                path.lstat()
+            except (FileNotFoundError, NotADirectoryError):
+                self._ledger.forget(object_id)
+            except OSError:
+                pass  # it cannot be seen, so it may still take room
+
+    def _note_use(self, fd: int, status: os.stat_result) -> None:
+        # The distance, not the age: after the clock was set back, times lie in the future.
+        if self._read_only or abs(time.time_ns() - status.st_mtime_ns) < _USE_RESOLUTION_NS:
+            return
+        with contextlib.suppress(OSError):
+            os.utime(fd)
+
+    # ---------------------------------------------------------------- writing
+
+    def _create_temporary(self, folder: Path) -> tuple[Path, int]:
+        """A new file beside its target. Raises OSError."""
+        for _ in range(_CREATE_ATTEMPTS - 1):
+            path = folder / temporary_name()
+            try:
+                return path, create_private(path)
+            except FileNotFoundError:
+                # The first object of its folder, or someone removed folders under us.
+                self._root.parent.mkdir(parents=True, exist_ok=True)
+                for missing in (self._root, folder.parent, folder):
+                    if make_private(missing):
+                        self._anchored.clear()
+        path = folder / temporary_name()
+        return path, create_private(path)
+
+    def _anchor(self, folder: Path) -> None:
+        """Return when a rename in ``folder`` outlives a power cut. Raises OSError."""
+        sync_directory(folder)
+        if folder not in self._anchored:
+            # The folders may be new themselves, made by us or by another process.
+            sync_directory(folder.parent)
+            sync_directory(self._root)
+            with contextlib.suppress(PermissionError):
+                sync_directory(self._root.parent)
+            self._anchored.add(folder)
+
+    # ------------------------------------------------------------------ state
+
+    def _require_open(self, object_id: ObjectId | None) -> None:
+        if self._closed:
+            what = f"; {object_id} was asked for" if object_id is not None else ""
+            raise TierError(f"the tier at {self._root} is closed{what}")
+
+    def _require_writable(self, object_id: ObjectId) -> None:
+        self._require_open(object_id)
+        if self._read_only:
+            raise TierError(
+                f"the tier at {self._root} was opened with read_only = true; "
+                f"{object_id} stays as it is"
+            )
+
+    def _restart_after_fork(self) -> None:
+        # The thread that held the lock, or was writing, does not exist in the child.
+        self._lock = threading.Lock()
+        self._ledger.restart_after_fork()
+
+
+_tiers: weakref.WeakSet[FileTier] = weakref.WeakSet()
+
+
+def _restart_all_after_fork() -> None:
+    for tier in list(_tiers):
+        tier._restart_after_fork()  # noqa: SLF001 - module-private counterpart of the class
+
+
+os.register_at_fork(after_in_child=_restart_all_after_fork)

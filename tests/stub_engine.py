@@ -1,0 +1,40 @@
+"""An engine with the stub backend, for tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from erllama_core import Engine, Model, load_config
+
+KV_CLASSES = ("span", "checkpoint", "whole")
+
+
+def make_engine(root: Path | None = None, **sections: Any) -> Engine:
+    """An engine with a RAM tier and, with a root, a disk tier named ``disk``."""
+    config: dict[str, Any] = {**sections}
+    tiers = list(config.pop("tiers", []))
+    if root is not None:
+        tiers.append({"name": "disk", "kind": "disk", "root": str(root)})
+    return Engine(load_config({**config, "tiers": tiers}, environ={}))
+
+
+def load_stub(
+    engine: Engine,
+    model_id: str = "stub",
+    *,
+    tier: tuple[str, ...] | list[str] = ("ram",),
+    context_opts: dict[str, Any] | None = None,
+    policy: dict[str, Any] | None = None,
+    **model_opts: Any,
+) -> Model:
+    """A stub model; keyword arguments are its ``model_opts``."""
+    return engine.load_model(
+        model_id,
+        backend="stub",
+        tier=list(tier),
+        context_opts={"n_ctx": 1024, "n_seq_max": 2, **(context_opts or {})},
+        policy={"boundary_align_tokens": 32, "min_tokens": 8, "cold_min_tokens": 8}
+        | (policy or {}),
+        model_opts=model_opts,
+    )

@@ -1,0 +1,78 @@
+"""The awaitable twins."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from erllama_backend_stub.faults import gate
+from erllama_core import TextDelta
+from erllama_core.errors import PromptTooLong
+from stub_engine import load_stub, make_engine
+
+PROMPT = "The awaitable twin of every blocking call has the same name."
+
+
+def test_the_twins_give_what_the_calls_give() -> None:
+    """complete, infer, tokenize and embed through engine.aio."""
+
+    async def run() -> None:
+        with make_engine() as engine:
+            model = load_stub(engine)
+            expected = model.complete(PROMPT, response_tokens=8)
+            done = await engine.aio.complete("stub", PROMPT, response_tokens=8)
+            assert done.generated == expected.generated
+            stream = await engine.aio.infer(model, PROMPT, response_tokens=8)
+            text = "".join([e.text async for e in stream if isinstance(e, TextDelta)])
+            assert text == expected.reply
+            assert await engine.aio.tokenize("stub", "ab") == [97, 98]
+            assert await engine.aio.embed("stub", "ab") == model.embed("ab")
+            with pytest.raises(PromptTooLong):
+                await engine.aio.complete(model, "x" * 5000)
+            assert await engine.aio.flush(10)
+            await engine.aio.unload(model)
+            assert engine.models() == []
+
+    asyncio.run(run())
+
+
+def test_many_tasks_share_one_model() -> None:
+    """Twenty tasks at once, each with its own reply."""
+
+    async def run() -> None:
+        with make_engine() as engine:
+            model = load_stub(engine, context_opts={"n_ctx": 2000, "n_seq_max": 4})
+            plain = load_stub(engine, "plain", tier=[])
+            prompts = [f"{number}: {PROMPT}" for number in range(20)]
+            done = await asyncio.gather(
+                *(engine.aio.complete(model, prompt, response_tokens=6) for prompt in prompts)
+            )
+            for prompt, completion in zip(prompts, done, strict=True):
+                expected = plain.complete(prompt, response_tokens=6)
+                assert completion.generated == expected.generated
+
+    asyncio.run(run())
+
+
+def test_cancelling_the_task_cancels_the_request() -> None:
+    """A cancelled await frees the sequence for the next request."""
+
+    async def run() -> None:
+        with make_engine() as engine:
+            held = gate("async")
+            model = load_stub(
+                engine,
+                context_opts={"n_ctx": 1_000_000, "n_seq_max": 1},
+                faults={"hang_step": 3, "hang_gate": "async"},
+            )
+            task = asyncio.create_task(engine.aio.complete(model, PROMPT))
+            assert await asyncio.to_thread(held.wait_reached, 10)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            held.open()
+            done = await engine.aio.complete(model, "next", response_tokens=2)
+            assert len(done.generated) == 2
+
+    asyncio.run(run())

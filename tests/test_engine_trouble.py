@@ -1,0 +1,357 @@
+"""Bad input and broken storage: one clear error or one warning, and everything else goes on."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+from structlog.testing import capture_logs
+
+from erllama_core import Cache, Engine, NamedTier
+from erllama_core.cache.ram import RamTier
+from erllama_core.errors import (
+    AlreadyLoaded,
+    BlockNotFound,
+    ConfigError,
+    EngineClosed,
+    ModelLoadError,
+    PluginFailed,
+    PluginMissing,
+    TierError,
+)
+from erllama_core.hookspecs import hookimpl
+from erllama_core.host import PluginHost
+from erllama_core.interfaces.block import ObjectId
+from erllama_core.interfaces.stream import Segment
+from erllama_core.interfaces.tier import Allocate
+from erllama_core.providers import StreamProcessorProvider, TierProvider
+from stub_engine import KV_CLASSES, load_stub, make_engine
+
+PROMPT = "A block on the disk may be damaged at any place, and the reply must stay the same."
+
+
+def damage(path: Path, how: str, chance: random.Random) -> None:
+    data = bytearray(path.read_bytes())
+    if how == "flip":
+        place = chance.randrange(len(data))
+        data[place] ^= 1 << chance.randrange(8)
+    elif how == "truncate":
+        del data[chance.randrange(len(data)) :]
+    elif how == "extend":
+        data += b"\0" * 7
+    elif how == "garbage":
+        data = bytearray(chance.randbytes(len(data)))
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("kv_class", KV_CLASSES)
+@pytest.mark.parametrize("how", ["flip", "truncate", "extend", "garbage", "delete", "swap"])
+def test_damaged_files_are_dropped_and_counted(tmp_path: Path, how: str, kv_class: str) -> None:
+    """Whatever happens to files, before or after they were indexed, output is the cold one."""
+    chance = random.Random(f"{how} {kv_class}")
+    with make_engine(tmp_path) as engine:
+        expected = load_stub(engine, tier=["disk"], kv_class=kv_class).complete(
+            PROMPT, response_tokens=8
+        )
+    files = sorted(tmp_path.rglob("*.kvc"))
+    assert files
+
+    def spoil() -> None:
+        if how == "swap":
+            contents = [path.read_bytes() for path in files]
+            for path, content in zip(files, contents[1:] + contents[:1], strict=True):
+                path.write_bytes(content)
+        for path in files:
+            if how == "delete":
+                path.unlink(missing_ok=True)
+            elif how != "swap":
+                damage(path, how, chance)
+
+    pristine = {path: path.read_bytes() for path in files}
+    for after_scan in (False, True):
+        for path, content in pristine.items():
+            path.write_bytes(content)
+        if not after_scan:
+            spoil()
+        with capture_logs() as logs, make_engine(tmp_path) as engine:
+            model = load_stub(engine, tier=["disk"], kv_class=kv_class)
+            assert engine.cache.wait_scanned(10)
+            if after_scan:
+                spoil()
+            done = model.complete(PROMPT, response_tokens=8)
+            assert done.generated == expected.generated
+            # A flipped bit may lie in padding, where it changes nothing.
+            if how not in {"flip", "delete"}:
+                assert engine.cache.counters().corrupt > 0
+            assert done.cache_hit_kind != "exact" or how == "flip"
+            # Damage in an object that was not asked for yet is found when it is.
+            for _ in range(3):
+                engine.flush()
+                again = model.complete(PROMPT, response_tokens=8)
+                assert again.generated == expected.generated
+            assert again.cache_hit_kind == "exact"
+        assert not [entry for entry in logs if entry["log_level"] == "error"]
+
+
+def test_an_unwritable_root_is_one_warning(tmp_path: Path) -> None:
+    """A tier that cannot be opened is left out; the model runs with the others."""
+    (tmp_path / "file").write_text("in the way")
+    with capture_logs() as logs, make_engine(tmp_path / "file" / "root") as engine:
+        model = load_stub(engine, tier=["ram", "disk"])
+        model.complete(PROMPT, response_tokens=4)
+        assert model.complete(PROMPT, response_tokens=4).cache_hit_kind == "exact"
+        assert model.info().tiers == ("ram",)
+    warnings = [entry for entry in logs if entry["log_level"] == "warning"]
+    assert [entry["event"] for entry in warnings] == ["tier.not_opened"]
+    assert str(tmp_path / "file" / "root") in warnings[0]["error"]
+
+
+class FailingTier(RamTier):
+    """A tier whose operations raise, as those of a careless third party may."""
+
+    def __init__(self, error: Callable[[], Exception]) -> None:
+        super().__init__(1 << 30)
+        self.error = error
+        self.failing = False
+        self.calls = 0
+
+    keep = None  # type: ignore[assignment]
+    borrow = None  # type: ignore[assignment]
+
+    def put(self, *args: Any, **kwargs: Any) -> None:
+        self._maybe_fail()
+        super().put(*args, **kwargs)
+
+    def read(self, object_id: ObjectId, allocate: Allocate) -> memoryview:
+        self._maybe_fail()
+        return super().read(object_id, allocate)
+
+    def _maybe_fail(self) -> None:
+        self.calls += 1
+        if self.failing:
+            raise self.error()
+
+
+class PlainTier:
+    """A tier without the optional ability: put and read only."""
+
+    def __init__(self, inner: FailingTier) -> None:
+        self.inner = inner
+        self.delete = inner.delete
+        self.contains = inner.contains
+        self.scan = inner.scan
+        self.usage = inner.usage
+        self.location = inner.location
+        self.close = inner.close
+        self.read = inner.read
+
+    def put(self, object_id: ObjectId, parts: Any, *, durable: bool = False) -> None:
+        self.inner._maybe_fail()
+        from erllama_core.cache.ram import _OwnPages
+
+        RamTier.keep(self.inner, object_id, b"", _OwnPages(b"".join(parts)))
+
+
+@pytest.mark.parametrize(
+    "error", [lambda: TierError("broken"), lambda: OSError(5, "I/O error"), lambda: ValueError("?")]
+)
+def test_a_tier_that_raises_is_logged_once(error: Callable[[], Exception]) -> None:
+    """Trouble is counted each time, logged when it starts and when it ends; requests go on."""
+    tier = FailingTier(error)
+    host = PluginHost()
+
+    class Plugin:
+        @hookimpl
+        def erllama_tiers(self) -> list[TierProvider]:
+            return [TierProvider("failing", "", lambda _: PlainTier(tier))]  # type: ignore[arg-type,return-value]
+
+    host.register(Plugin())
+    from erllama_core import load_config
+
+    config = load_config({"tiers": [{"name": "bad", "kind": "failing"}]}, environ={})
+    with capture_logs() as logs, Engine(config, plugins=host) as engine:
+        model = load_stub(engine, tier=["bad"])
+        tier.failing = True
+        first = model.complete(PROMPT, response_tokens=4)
+        engine.flush()
+        assert model.complete(PROMPT, response_tokens=4).generated == first.generated
+        engine.flush()
+        assert engine.cache.counters().tier_errors > 2
+        assert engine.cache.counters().saves_dropped > 2
+        tier.failing = False
+        model.complete(PROMPT, response_tokens=4)
+        engine.flush()
+        assert model.complete(PROMPT, response_tokens=4).cache_hit_kind == "exact"
+        tier.failing = True
+        assert model.complete(PROMPT, response_tokens=4).generated == first.generated
+    events = [entry["event"] for entry in logs if entry["event"].startswith("tier.")]
+    assert events[:2] == ["tier.failed", "tier.recovered"]
+    assert events.count("tier.failed") == 2
+
+
+def test_what_is_not_there_is_named() -> None:
+    """Backends, tiers, files and models that do not exist: each error says what to do."""
+    with make_engine() as engine:
+        with pytest.raises(PluginMissing, match="did you mean 'stub'"):
+            engine.load_model(backend="stubb")
+        with pytest.raises(ConfigError, match="unknown tier 'rma'; did you mean 'ram'"):
+            engine.load_model(backend="stub", tier=["rma"])
+        with pytest.raises(ModelLoadError, match="does not exist"):
+            engine.load_model(backend="stub", model_path="/nowhere/model.gguf")
+        with pytest.raises(ConfigError, match=r"model_opts\.kv_clas"):
+            engine.load_model(backend="stub", model_opts={"kv_clas": "span"})
+        with pytest.raises(ModelLoadError):
+            engine.load_model("x", backend="stub", model_opts={"faults": {"fail_load": True}})
+        load_stub(engine, "x")  # a failed load leaves the id free
+        with pytest.raises(AlreadyLoaded, match="'x'"):
+            load_stub(engine, "x")
+
+
+def test_a_wrong_description_of_the_weights_is_refused(tmp_path: Path) -> None:
+    """A fingerprint or a quantisation that contradicts the file is an error, not an identity."""
+    weights = tmp_path / "weights"
+    weights.write_bytes(b"some weights")
+    with make_engine() as engine:
+        with pytest.raises(ConfigError, match="fingerprint"):
+            engine.load_model(backend="stub", model_path=str(weights), fingerprint="ab" * 32)
+        with pytest.raises(ConfigError, match="quant_bits"):
+            engine.load_model(backend="stub", quant_bits=4)
+        with pytest.raises(ConfigError, match="quant_type"):
+            engine.load_model(backend="stub", quant_type="q4_k_m")
+        trusted = engine.load_model(
+            backend="stub",
+            model_path=str(weights),
+            fingerprint="ab" * 32,
+            fingerprint_mode="fast_unsafe",
+        )
+        assert trusted.info().fingerprint == "ab" * 32
+
+
+def test_a_processor_that_raises_ends_its_request_only() -> None:
+    """A plugin's exception is that request's PluginFailed, with its cause."""
+
+    class Careless:
+        def feed(self, token: int, segments: Any) -> Any:
+            if token == ord("!"):
+                raise ZeroDivisionError("careless")
+            return segments
+
+        def flush(self) -> list[Segment]:
+            return []
+
+    provider = StreamProcessorProvider("utf8", "", lambda _: Careless())
+
+    class Host(PluginHost):
+        def get(self, kind: Any, name: str) -> Any:
+            return provider if kind == "processor" else super().get(kind, name)
+
+    with capture_logs(), Engine(plugins=Host()) as engine:
+        model = load_stub(engine, script=("ab!c",))
+        prompt = model.apply_chat_template([{"role": "user", "content": "x"}])
+        with pytest.raises(PluginFailed) as caught:
+            model.complete(prompt)
+        assert isinstance(caught.value.__cause__, ZeroDivisionError)
+        assert len(model.complete(prompt, response_tokens=2).generated) == 2
+        assert model.info().available_seqs == 2
+
+
+def test_too_many_bytes_on_their_way_are_dropped() -> None:
+    """What finds no room in the save buffers is counted and not waited for."""
+    with make_engine(cache={"max_inflight_bytes": 2000}) as engine:
+        model = load_stub(engine)
+        first = model.complete(PROMPT * 4, response_tokens=4)
+        engine.flush()
+        again = model.complete(PROMPT * 4, response_tokens=4)
+        assert again.generated == first.generated
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_fork_does_not_use_the_parents_engine() -> None:
+    """In a forked child the engine and its cache refuse; the parent's go on."""
+    with make_engine() as engine:
+        model = load_stub(engine)
+        child = os.fork()
+        if not child:
+            refused = 0
+            for use in (lambda: engine.complete("stub", PROMPT), engine.cache.dump, engine.close):
+                try:
+                    use()
+                except EngineClosed:
+                    refused += 1
+            os._exit(refused)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+        assert model.complete(PROMPT, response_tokens=2).finish_reason == "length"
+
+
+# ---------------------------------------------------------------- explicit saves
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Iterator[Cache]:
+    from erllama_core import TierConfig, open_tier
+
+    tier = open_tier(PluginHost(), TierConfig("d", "disk", {"root": str(tmp_path)}))
+    with Cache([tier, NamedTier("ram", "ram", RamTier(1 << 20))]) as opened:
+        yield opened
+
+
+def test_the_smoke_sequence(cache: Cache) -> None:
+    """Save, miss, hit: the cache works without any model, and counts what happened."""
+    from erllama_core import BlockMeta, CacheKey
+
+    meta = BlockMeta(
+        save_reason="cold",
+        fingerprint=b"\xaa" * 32,
+        quant_type="f16",
+        quant_bits=16,
+        ctx_params_hash=b"\xbb" * 32,
+        tokens=[1, 2, 3],
+        context_size=4096,
+        prompt_text="abc",
+    )
+    with pytest.raises(BlockNotFound):
+        cache.load("d", CacheKey(bytes(32)))
+    key, header, size = cache.save("d", meta, b"hi")
+    assert (header.end, header.payload_bytes) == (3, 2)
+    info, payload = cache.load("d", key)
+    assert (payload, info["prompt_text"], info["quant_type"]) == (b"hi", "abc", "f16")
+    counters = cache.counters()
+    assert (counters.saves_cold, counters.misses, counters.hits_exact) == (1, 1, 1)
+    [row] = cache.dump()
+    assert (row.tier, row.key, row.size_bytes, row.status) == ("d", key, size, "stored")
+    assert Path(row.location).stat().st_size == size
+    other, _, _ = cache.save("ram", attrs.evolve(meta, context_size=8192), memoryview(b"other"))
+    assert other != key
+    assert cache.load("ram", other)[1] == b"other"
+    with pytest.raises(BlockNotFound):
+        cache.load("ram", key)
+    with pytest.raises(ValueError, match="unknown tier"):
+        cache.load("dd", key)
+    assert cache.gc().rows == 2
+    assert cache.dump() == []
+    assert not list(Path(row.location).parent.parent.rglob("*.kvc"))
+
+
+def test_an_explicit_save_is_never_a_models(tmp_path: Path) -> None:
+    """What a caller stored under the tokens of a prompt does not make that prompt hit."""
+    from erllama_core import BlockMeta
+
+    with make_engine(tmp_path) as engine:
+        model = load_stub(engine, tier=["disk"])
+        meta = BlockMeta(
+            save_reason="cold",
+            fingerprint=bytes(32),
+            quant_type="f32",
+            quant_bits=32,
+            ctx_params_hash=bytes(32),
+            tokens=list(PROMPT.encode()),
+            context_size=1024,
+        )
+        engine.cache.save("disk", meta, b"nonsense")
+        assert model.complete(PROMPT, response_tokens=2).cache_hit_kind == "cold"

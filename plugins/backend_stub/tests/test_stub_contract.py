@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+
 from erllama_backend_stub import (
     HangGate,
     Status,
@@ -18,7 +19,6 @@ from erllama_backend_stub import (
     gate,
     open_model,
 )
-
 from erllama_core.errors import DecodeFailed, ModelLoadError, StateRejected
 from erllama_core.interfaces.backend import (
     BackendRequest,

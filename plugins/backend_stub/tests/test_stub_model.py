@@ -9,8 +9,8 @@ from typing import Any
 import cattrs
 import jinja2
 import pytest
-from erllama_backend_stub import StubFaults, StubModel, StubOptions, open_model, plugin
 
+from erllama_backend_stub import StubFaults, StubModel, StubOptions, open_model, plugin
 from erllama_core.errors import InvalidPrompt, ModelLoadError
 from erllama_core.interfaces.backend import (
     BackendModel,

@@ -7,13 +7,13 @@ import struct
 from collections import Counter
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from erllama_backend_stub import StubSampler
 from erllama_backend_stub.arithmetic import exp, logsumexp
 from erllama_backend_stub.logits import LogitRow
 from erllama_backend_stub.vocabulary import IM_END, N_TOKENS
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
 from erllama_core.interfaces.backend import PENALTY_WINDOW, Mark, SamplingParams
 
 PRINTABLE = range(0x20, 0x7F)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import struct
 
 import pytest
-from erllama_backend_stub import StubContext, StubModel, StubOptions, open_model
 from hypothesis import given
 from hypothesis import strategies as st
 
+from erllama_backend_stub import StubContext, StubModel, StubOptions, open_model
 from erllama_core.errors import ModelLoadError
 from erllama_core.interfaces.backend import (
     BackendRequest,

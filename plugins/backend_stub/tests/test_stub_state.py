@@ -8,11 +8,11 @@ from typing import Any
 
 import attrs
 import pytest
-from erllama_backend_stub import StubContext, StubOptions, open_model
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from erllama_backend_stub import StubContext, StubOptions, open_model
 from erllama_core.errors import DecodeFailed, StateRejected
 from erllama_core.interfaces.backend import (
     BackendRequest,

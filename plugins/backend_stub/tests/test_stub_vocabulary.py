@@ -5,10 +5,10 @@ from __future__ import annotations
 import struct
 
 import pytest
-from erllama_backend_stub import VOCABULARY, StubVocabulary
 from hypothesis import given
 from hypothesis import strategies as st
 
+from erllama_backend_stub import VOCABULARY, StubVocabulary
 from erllama_core.errors import InvalidPrompt
 
 CONTROL_TEXTS = sorted(VOCABULARY.control_tokens.values())

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import psutil
 import pytest
-from erllama_pressure_system import plugin
-from erllama_pressure_system.cgroup import read_cgroup_memory
-from erllama_pressure_system.source import SystemPressure
 
 from erllama_core.interfaces.pressure import PressureReading
 from erllama_core.providers import Available, NoOptions, PressureProvider
+from erllama_pressure_system import plugin
+from erllama_pressure_system.cgroup import read_cgroup_memory
+from erllama_pressure_system.source import SystemPressure
 
 MIB = 1 << 20
 

@@ -35,8 +35,8 @@ from erllama_core.errors import (
     unknown_name,
 )
 from erllama_core.host import PluginHost
+from erllama_core.interfaces.log import get_logger
 from erllama_core.interfaces.stream import StreamProcessor
-from erllama_core.log import get_logger
 from erllama_core.model.loading import open_model
 from erllama_core.model.model import Model, PromptLike
 from erllama_core.model.options import RequestKwargs

@@ -19,7 +19,7 @@ import pluggy
 
 from erllama_core import builtin, hookspecs
 from erllama_core.errors import PluginFailed, nearest
-from erllama_core.log import get_logger
+from erllama_core.interfaces.log import get_logger
 from erllama_core.providers import (
     BackendProvider,
     PressureProvider,

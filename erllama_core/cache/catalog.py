@@ -15,8 +15,8 @@ from erllama_core.cache.pages import PagePool
 from erllama_core.cache.tiers import NamedTier, TierStore
 from erllama_core.errors import CacheError, TierFull, unknown_name
 from erllama_core.interfaces.block import ObjectId
+from erllama_core.interfaces.log import get_logger
 from erllama_core.interfaces.tier import Pages
-from erllama_core.log import get_logger
 
 log = get_logger("erllama.cache")
 

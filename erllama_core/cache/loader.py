@@ -19,8 +19,8 @@ from erllama_core.cache.tiers import TierStore
 from erllama_core.errors import BlockNotFound, CacheError, CorruptBlock
 from erllama_core.interfaces.backend import Mark, RangeImport
 from erllama_core.interfaces.block import verify_object
+from erllama_core.interfaces.log import get_logger
 from erllama_core.interfaces.tier import Pages
-from erllama_core.log import get_logger
 
 log = get_logger("erllama.cache")
 

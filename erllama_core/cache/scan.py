@@ -11,8 +11,8 @@ from erllama_core.cache.index import Entry
 from erllama_core.cache.tiers import TierStore
 from erllama_core.errors import CorruptBlock
 from erllama_core.interfaces.block import decode_header
+from erllama_core.interfaces.log import get_logger
 from erllama_core.interfaces.tier import ScanFailure, ScannedObject
-from erllama_core.log import get_logger
 
 log = get_logger("erllama.cache")
 

@@ -13,8 +13,8 @@ import attrs
 from erllama_core.cache.counters import CounterSet
 from erllama_core.cache.index import Copy, Entry
 from erllama_core.errors import BlockNotFound, CacheError, ErllamaError, TierError
+from erllama_core.interfaces.log import get_logger
 from erllama_core.interfaces.tier import KeepsPages, Tier
-from erllama_core.log import get_logger
 
 log = get_logger("erllama.cache")
 

@@ -12,7 +12,7 @@ import attrs
 from erllama_core.cache.index import Entry
 from erllama_core.cache.pages import PooledPages
 from erllama_core.cache.tiers import TierStore
-from erllama_core.log import get_logger
+from erllama_core.interfaces.log import get_logger
 
 log = get_logger("erllama.cache")
 

@@ -22,6 +22,7 @@ from erllama_core.config import load_config
 from erllama_core.engine import Engine
 from erllama_core.errors import ErllamaError
 from erllama_core.model.model import Model
+from erllama_core.prompt import Prompt
 
 QUESTION: Final = "Who built the lighthouse, and when was it lit for the first time?"
 FOLLOW_UP: Final = "And what happened to it in the great storm?"
@@ -71,7 +72,7 @@ def run_steps(setup: Setup, done: Callable[[Outcome], None]) -> str:
         first = step("cold", QUESTION)
         step("exact", QUESTION)
         step("longer", QUESTION, first.reply, FOLLOW_UP)
-        done(_restart(setup))
+        done(ask_after_restart(setup))
         step("branch", OTHER_QUESTION)
         return model.info().description
 
@@ -91,14 +92,18 @@ def _engine(setup: Setup) -> Iterator[tuple[Engine, Model]]:
         yield engine, model
 
 
-def _ask(model: Model, name: str, question: str, *later: str) -> Outcome:
+def demo_prompt(model: Model, question: str = QUESTION, *later: str) -> Prompt:
+    """The text, a question about it, and the turns that followed."""
     text = (files("erllama_core.cli") / "demo_text.txt").read_text(encoding="utf-8")
     turns = (f"{text.strip()}\n\n{question}", *later)
     roles = ("user", "assistant")
-    prompt = model.apply_chat_template(
+    return model.apply_chat_template(
         [{"role": roles[number % 2], "content": turn} for number, turn in enumerate(turns)]
     )
-    completion = model.complete(prompt, response_tokens=REPLY_TOKENS)
+
+
+def _ask(model: Model, name: str, *turns: str) -> Outcome:
+    completion = model.complete(demo_prompt(model, *turns), response_tokens=REPLY_TOKENS)
     stats = completion.stats
     return Outcome(
         name=name,
@@ -112,7 +117,7 @@ def _ask(model: Model, name: str, question: str, *later: str) -> Outcome:
     )
 
 
-def _restart(setup: Setup) -> Outcome:
+def ask_after_restart(setup: Setup) -> Outcome:
     """The first question again, in a new process that knows nothing but the disk."""
     result = subprocess.run(
         [sys.executable, "-m", "erllama_core.cli.demo_steps"],

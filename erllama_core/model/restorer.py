@@ -11,7 +11,7 @@ from erllama_core.cache.lookup import Match
 from erllama_core.cache.space import ModelSpace
 from erllama_core.errors import StateRejected
 from erllama_core.interfaces.backend import Context, Mark
-from erllama_core.log import get_logger
+from erllama_core.interfaces.log import get_logger
 from erllama_core.model.request import Phase, Request
 
 log = get_logger("erllama.model")

@@ -14,7 +14,7 @@ from erllama_core.cache.policy import SavePolicy
 from erllama_core.cache.space import ModelSpace
 from erllama_core.errors import ErllamaError, StateRejected
 from erllama_core.interfaces.backend import Context, KVClass
-from erllama_core.log import get_logger
+from erllama_core.interfaces.log import get_logger
 from erllama_core.model.request import Request
 
 log = get_logger("erllama.model")

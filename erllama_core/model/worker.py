@@ -18,7 +18,7 @@ from erllama_core.cache.policy import SavePolicy
 from erllama_core.cache.space import ModelSpace
 from erllama_core.errors import EngineClosed, ErllamaError, PluginFailed
 from erllama_core.interfaces.backend import BackendModel, Context, Mark, Row
-from erllama_core.log import get_logger
+from erllama_core.interfaces.log import get_logger
 from erllama_core.model.request import Phase, Request
 from erllama_core.model.restorer import Restorer
 from erllama_core.model.saver import Saver

@@ -29,7 +29,7 @@ from erllama_core.interfaces.backend import (
     Row,
     Sampler,
 )
-from erllama_core.log import get_logger
+from erllama_core.interfaces.log import get_logger
 
 log = get_logger(__name__)
 

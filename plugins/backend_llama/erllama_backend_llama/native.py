@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from llama_cpp import llama_cpp
 
-from erllama_core.log import get_logger
+from erllama_core.interfaces.log import get_logger
 
 log = get_logger(__name__)
 

@@ -6,8 +6,8 @@ import threading
 from typing import Final
 
 from erllama_core.errors import PluginUnavailable
+from erllama_core.interfaces.log import get_logger
 from erllama_core.interfaces.pressure import PressureReading
-from erllama_core.log import get_logger
 from erllama_pressure_nvidia.nvml import Device, Nvml
 
 log = get_logger(__name__)

@@ -14,8 +14,8 @@ from typing import Final
 
 from erllama_core.errors import BlockNotFound, TierError
 from erllama_core.interfaces.block import Bytes, ObjectId
+from erllama_core.interfaces.log import get_logger
 from erllama_core.interfaces.tier import Allocate, ScanFailure, ScannedObject, TierUsage
-from erllama_core.log import get_logger
 from erllama_tier_disk.failure import tier_error
 from erllama_tier_disk.folders import absolute_root, create_private, make_private, open_root
 from erllama_tier_disk.layout import OBJECTS, object_path, temporary_name

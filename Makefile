@@ -1,0 +1,55 @@
+# Everything a newcomer needs is Python 3.11 with venv, a C++ compiler for llama.cpp, and make.
+#
+#   make demo    see the cache at work, on a small real model
+#   make test    what must pass before a change is accepted
+#   make fast    the same without a model
+#   make long    what takes minutes: random crashes and property runs
+#
+# Each sets .venv up first; make PYTHON=python3.12 chooses the interpreter it is made with.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+PLUGINS := $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml))
+empty :=
+space := $(empty) $(empty)
+# Where mypy finds the plugins' packages, and the modules that tests share.
+export MYPYPATH := $(subst $(space),:,$(strip $(PLUGINS) tests))
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test fast long lint types clean
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+setup:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "erllama needs Python 3.11 or newer, and '$(PYTHON)' is not." \
+	         "Name one that is: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) scripts/environment.py
+
+demo: setup
+	@$(BIN)/erllama demo
+
+test: lint types
+	$(BIN)/pytest -m "not (crash or fuzz)"
+
+fast: lint types
+	$(BIN)/pytest -m "not (crash or fuzz or real_model)"
+
+long: setup
+	$(BIN)/pytest -m "crash or fuzz"
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# The tests of one plugin at a time: each folder has its own conftest module.
+types: setup
+	$(BIN)/mypy erllama_core $(foreach p,$(PLUGINS),$(p)/erllama_$(notdir $(p))) \
+	    $(wildcard conftest.py scripts tests examples bench)
+	@set -e; for plugin in $(PLUGINS); do \
+	    test ! -d $$plugin/tests || $(BIN)/mypy $$plugin/tests; done
+
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -166,6 +166,27 @@ def test_objects_may_come_and_go_in_any_order(
             assert space.find(keys, may_sample=False).covered == longest
 
 
+@given(CONTEXTS, st.integers(1, 9), st.integers(0, 4000))
+def test_eviction_takes_contexts_from_their_end(
+    stored: list[list[int]], align: int, n_bytes: int
+) -> None:
+    """Whatever is evicted, all that stays can still be reached from the start of a context."""
+    with open_space(KVClass.SPAN, align) as (cache, space):
+        owners: dict[Entry, list[int]] = {}
+        for tokens in stored:
+            store(space, tokens)
+            for entry in list(cache.catalog.index):
+                owners.setdefault(entry, tokens)
+        assert cache.flush(10)
+        total = sum(row.size_bytes for row in cache.dump())
+        evicted = cache.evict_bytes(n_bytes)
+        assert evicted.bytes >= min(n_bytes, total)
+        assert total - evicted.bytes == sum(row.size_bytes for row in cache.dump())
+        for entry in list(cache.catalog.index):
+            keys = space.keys(bytearray(pack(owners[entry])), None)
+            assert space.find(keys, may_sample=False).covered >= entry.end
+
+
 @given(CONTEXTS, st.integers(1, 9))
 def test_each_token_is_stored_once(stored: list[list[int]], align: int) -> None:
     """Storage grows with the distinct tokens: one cell for every different prefix."""

@@ -43,7 +43,7 @@ class PooledPages:
     """Some pages of a :class:`PagePool` and the number of their holders; thread-safe.
 
     Implements ``interfaces.tier.Pages``. Nobody unmaps pages by hand: a view that outlives
-    the last holder keeps its mapping alive, so a stale pointer into them cannot exist.
+    the last holder may see another holder's bytes, but never memory that is gone.
     """
 
     __slots__ = ("_lock", "_map", "_pool", "_references", "_view", "size")

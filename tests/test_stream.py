@@ -1,0 +1,107 @@
+"""UTF-8 assembly, the pipeline, and the mailbox between worker and consumer."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from erllama_core.interfaces.stream import Channel, Segment
+from erllama_core.stream.mailbox import Mailbox
+from erllama_core.stream.utf8 import Utf8Assembly, incomplete_tail
+
+
+def split(data: bytes, cuts: Sequence[int]) -> list[bytes]:
+    edges = [0, *sorted(cut % (len(data) + 1) for cut in cuts), len(data)]
+    return [data[a:b] for a, b in itertools.pairwise(edges)]
+
+
+def assemble(chunks: Sequence[bytes]) -> tuple[list[bytes], list[bytes]]:
+    """What leaves while chunks come, and what is flushed at the end."""
+    stage = Utf8Assembly()
+    out: list[bytes] = []
+    for token, chunk in enumerate(chunks):
+        segments = [Segment(Channel.TEXT, chunk)] if chunk else []
+        out += [segment.data for segment in stage.feed(token, segments)]
+    return out, [segment.data for segment in stage.flush()]
+
+
+@given(st.text(), st.lists(st.integers(0, 1000), max_size=20))
+def test_text_leaves_in_whole_characters(text: str, cuts: list[int]) -> None:
+    """However a text is cut, every piece that leaves is text by itself, and nothing is left."""
+    out, rest = assemble(split(text.encode(), cuts))
+    assert rest == []
+    assert "".join(piece.decode("utf-8", "strict") for piece in out) == text
+
+
+@given(st.binary(), st.lists(st.integers(0, 1000), max_size=20))
+def test_any_bytes_pass_unchanged(data: bytes, cuts: list[int]) -> None:
+    """Bytes that are not UTF-8 are neither lost nor changed, and soon let go."""
+    chunks = split(data, cuts)
+    out, rest = assemble(chunks)
+    assert b"".join(out + rest) == data
+    assert sum(map(len, rest)) <= 3
+
+
+@given(st.binary(max_size=8))
+def test_nothing_is_held_that_cannot_become_a_character(data: bytes) -> None:
+    """A tail is held back exactly while some continuation would complete it."""
+    tail = incomplete_tail(data)
+    assert 0 <= tail <= min(3, len(data))
+    if tail:
+        start = data[-tail:]
+        continuations = [b"\x80" * n for n in (1, 2, 3)] + [b"\xbf" * n for n in (1, 2, 3)]
+        assert not _decodes(start)
+        # Over-long forms and surrogates announce a length that no continuation makes valid.
+        assert (
+            any(_decodes(start + more) for more in continuations)
+            or start[0] in {0xC0, 0xC1, 0xE0, 0xED, 0xF0, 0xF4}
+            or len(start) > 1
+        )
+
+
+def _decodes(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def test_a_mailbox_keeps_order_between_threads() -> None:
+    """Items arrive once each, in the order in which they were put."""
+    mailbox: Mailbox[int] = Mailbox()
+    sender = threading.Thread(target=lambda: [mailbox.put(n) for n in range(2000)])
+    sender.start()
+    assert [mailbox.get(10) for _ in range(2000)] == list(range(2000))
+    sender.join()
+
+
+def test_a_mailbox_that_stays_empty() -> None:
+    """A wait that runs out is a TimeoutError and loses nothing."""
+    mailbox: Mailbox[str] = Mailbox()
+    with pytest.raises(TimeoutError):
+        mailbox.get(0)
+    mailbox.put("later")
+    assert mailbox.get(0) == "later"
+
+
+def test_a_cancelled_wait_loses_nothing() -> None:
+    """A coroutine that is cancelled while it waits leaves the next item to the next one."""
+
+    async def run() -> None:
+        mailbox: Mailbox[str] = Mailbox()
+        waiting = asyncio.create_task(mailbox.get_async())
+        await asyncio.sleep(0)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        threading.Thread(target=mailbox.put, args=("item",)).start()
+        assert await asyncio.wait_for(mailbox.get_async(), 10) == "item"
+
+    asyncio.run(run())

@@ -217,3 +217,7 @@ class Model:
                 f"whose ids are 0 to {n_tokens - 1}"
             )
         return prompt
+
+
+ModelRef = str | Model
+"""A loaded model, or its id."""

@@ -1,0 +1,90 @@
+"""The engine for coroutines."""
+
+from __future__ import annotations
+
+import asyncio
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final, Unpack
+
+from erllama_core.config import ModelConfig
+from erllama_core.errors import EngineClosed
+from erllama_core.model.model import Model, ModelRef, PromptLike
+from erllama_core.model.options import RequestKwargs
+from erllama_core.prompt import Prompt
+from erllama_core.results import Completion
+from erllama_core.stream.stream import Stream
+
+if TYPE_CHECKING:
+    from erllama_core.engine.engine import Engine
+
+
+class AsyncEngine:
+    """The engine's blocking calls for coroutines: the same names and arguments.
+
+    What blocks runs on a thread; cancelling a task cancels its request.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine: Final[weakref.ReferenceType[Engine]] = weakref.ref(engine)
+
+    @property
+    def _sync(self) -> Engine:
+        engine = self._engine()
+        if engine is None:
+            raise EngineClosed("the engine is gone")
+        return engine
+
+    async def load_model(
+        self, model_id: str | None = None, config: ModelConfig | None = None, **options: Any
+    ) -> Model:
+        """See :meth:`Engine.load_model`."""
+        return await asyncio.to_thread(self._sync.load_model, model_id, config, **options)
+
+    async def unload(self, model: ModelRef) -> None:
+        """See :meth:`Engine.unload`."""
+        await asyncio.to_thread(self._sync.unload, model)
+
+    async def complete(
+        self, model: ModelRef, prompt: PromptLike, **options: Unpack[RequestKwargs]
+    ) -> Completion:
+        """See :meth:`Engine.complete`."""
+        stream = await self.infer(model, prompt, **options)
+        return await stream.result_async()
+
+    async def infer(
+        self, model: ModelRef, prompt: PromptLike, **options: Unpack[RequestKwargs]
+    ) -> Stream:
+        """See :meth:`Engine.infer`; the stream is an async iterator too."""
+        return await asyncio.to_thread(self._sync.infer, model, prompt, **options)
+
+    async def embed(self, model: ModelRef, prompt: PromptLike) -> list[float]:
+        """See :meth:`Engine.embed`."""
+        return await asyncio.to_thread(self._sync.embed, model, prompt)
+
+    async def tokenize(
+        self,
+        model: ModelRef,
+        text: str,
+        *,
+        add_bos: bool | None = None,
+        parse_special: bool = True,
+    ) -> Prompt:
+        """See :meth:`Engine.tokenize`."""
+        return await asyncio.to_thread(
+            self._sync.tokenize, model, text, add_bos=add_bos, parse_special=parse_special
+        )
+
+    async def apply_chat_template(
+        self, model: ModelRef, messages: Sequence[Mapping[str, Any]], **arguments: Any
+    ) -> Prompt:
+        """See :meth:`Engine.apply_chat_template`."""
+        return await asyncio.to_thread(self._sync.apply_chat_template, model, messages, **arguments)
+
+    async def flush(self, timeout_s: float | None = None) -> bool:
+        """See :meth:`Engine.flush`."""
+        return await asyncio.to_thread(self._sync.flush, timeout_s)
+
+    async def close(self) -> None:
+        """See :meth:`Engine.close`."""
+        await asyncio.to_thread(self._sync.close)

@@ -28,6 +28,7 @@
         ├── TierError                     a tier could not read or write
         │   └── TierFull                  its quota or its device is full
         ├── CorruptBlock                  a stored object is not what it claims
+        │   └── UnknownFormat             it is of a format version that is not read here
         └── BlockNotFound (LookupError)   the object is not in that tier
 
 What a caller may want to act on is an attribute, not only text.
@@ -226,6 +227,10 @@ class CorruptBlock(CacheError):
     def __init__(self, reason: str) -> None:
         self.reason = reason
         super().__init__(reason)
+
+
+class UnknownFormat(CorruptBlock):
+    """A stored object of another format version: whole perhaps, but not for this erllama."""
 
 
 class BlockNotFound(CacheError, LookupError):

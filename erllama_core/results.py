@@ -11,6 +11,7 @@ CacheKey = NewType("CacheKey", bytes)
 
 HitKind = Literal["exact", "partial", "cold", "sticky", "continuation"]
 FinishReason = Literal["stop", "length", "cancelled"]
+Phase = Literal["idle", "prefilling", "generating"]
 
 
 @attrs.frozen
@@ -34,7 +35,8 @@ class Stats:
     """How a request went. Durations are seconds; tokens are counts.
 
     ``committed_tokens == prompt_tokens + completion_tokens``, the length of the context that
-    the request leaves behind.
+    the request leaves behind; only a request that was cancelled before its first token commits
+    less: what was computed of its prompt.
     """
 
     prompt_tokens: int
@@ -85,7 +87,7 @@ class ModelInfo:
     backend: str
     description: str
     """What the backend says of the weights, for a person."""
-    status: Literal["idle", "prefilling", "generating"]
+    status: Phase
     context_size: int
     n_ctx: int
     n_seq_max: int

@@ -233,3 +233,19 @@ def test_marks_are_objects_of_their_own_kind() -> None:
         space.submit_mark(keys, 5, Mark(pack([7]), bytes(4), 0.0, 1), "cold")
         [entry] = [e for e in cache.catalog.index if e.object_id.kind is ObjectKind.LOGITS]
         assert (entry.start, entry.end, entry.tokens) == (5, 5, b"")
+
+
+@given(CONTEXT, st.integers(1, 9), st.integers(0, 30))
+def test_a_match_is_cut_to_the_cells_that_are_free(
+    tokens: list[int], align: int, cells: int
+) -> None:
+    """No block is imported that does not fit whole; what is left is a prefix still."""
+    with open_space(KVClass.SPAN, align) as (_, space):
+        keys = store(space, tokens)
+        whole = space.find(keys, may_sample=False)
+        part = whole.within(cells)
+        assert all(piece.entry.end <= cells for piece in part.pieces)
+        assert part.length == (part.pieces[-1].stop if part.pieces else 0)
+        assert part.pieces == whole.pieces[: len(part.pieces)]
+        if cells >= len(tokens):
+            assert part == whole

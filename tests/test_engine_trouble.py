@@ -178,7 +178,7 @@ def test_a_tier_that_raises_is_logged_once(error: Callable[[], Exception]) -> No
         engine.flush()
         assert model.complete(PROMPT, response_tokens=4).generated == first.generated
         engine.flush()
-        assert engine.cache.counters().tier_errors > 2
+        assert engine.cache.counters().tier_errors >= 2
         assert engine.cache.counters().saves_dropped > 2
         tier.failing = False
         model.complete(PROMPT, response_tokens=4)

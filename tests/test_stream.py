@@ -76,7 +76,12 @@ def _decodes(data: bytes) -> bool:
 def test_a_mailbox_keeps_order_between_threads() -> None:
     """Items arrive once each, in the order in which they were put."""
     mailbox: Mailbox[int] = Mailbox()
-    sender = threading.Thread(target=lambda: [mailbox.put(n) for n in range(2000)])
+
+    def send() -> None:
+        for number in range(2000):
+            mailbox.put(number)
+
+    sender = threading.Thread(target=send)
     sender.start()
     assert [mailbox.get(10) for _ in range(2000)] == list(range(2000))
     sender.join()

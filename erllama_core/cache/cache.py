@@ -6,6 +6,7 @@ of the caller's own. A model's worker uses it through a :class:`~.space.ModelSpa
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 import time
@@ -24,7 +25,13 @@ from erllama_core.cache.pages import PagePool, PooledPages
 from erllama_core.cache.scan import Scanner
 from erllama_core.cache.tiers import NamedTier, TierStore
 from erllama_core.cache.writer import Draft, Writer
-from erllama_core.errors import BlockNotFound, CacheError, CorruptBlock, EngineClosed
+from erllama_core.errors import (
+    BlockNotFound,
+    CacheError,
+    CorruptBlock,
+    EngineClosed,
+    unknown_name,
+)
 from erllama_core.interfaces.block import (
     Bytes,
     Header,
@@ -34,8 +41,11 @@ from erllama_core.interfaces.block import (
     encode_header,
     verify_object,
 )
+from erllama_core.interfaces.log import get_logger
 from erllama_core.prompt import pack
 from erllama_core.results import CacheKey
+
+log = get_logger("erllama.cache")
 
 MAX_INFLIGHT_BYTES: Final = 256 << 20
 POOL_IDLE_BYTES: Final = 64 << 20
@@ -110,6 +120,8 @@ class Cache:
             info={**meta.info(), "created_ns": time.time_ns()},
         )
         entry = Entry(object_id, meta.end, meta.namespace, b"", b"", b"")
+        # One key may be saved with another payload: it names the tokens, not the bytes.
+        self._catalog.remove(store, object_id)
         with memoryview(payload) as view:
             self._catalog.put(store, entry, head, view, meta.save_reason, durable=True)
         self._catalog.counters.add(f"saves_{meta.save_reason}")
@@ -169,9 +181,16 @@ class Cache:
     def evict_bytes(self, n_bytes: int, tiers: Sequence[str] | None = None) -> Evicted:
         """Free at least ``n_bytes``, least worth first, from the tiers named (None: all).
 
-        ``tiers`` holds names or kinds. Frees less when no more can go.
+        ``tiers`` holds names or kinds. Frees less when no more can go. Raises ValueError for
+        a name that no tier has.
         """
         catalog = self._open()
+        if isinstance(tiers, str):
+            tiers = (tiers,)
+        known = {word for store in catalog.stores.values() for word in (store.name, store.kind)}
+        for name in tiers or ():
+            if name not in known:
+                raise ValueError(unknown_name("tier", name, known))
         rows = freed = 0
         for store in catalog.stores.values():
             if tiers is None or store.name in tiers or store.kind in tiers:
@@ -191,28 +210,28 @@ class Cache:
     def flush(self, timeout_s: float | None = None) -> bool:
         """Wait until everything handed over before is written; False when time ran out."""
         self._open()
-        return self._writer.wait_idle(timeout_s)
+        return self._writer.wait_written(timeout_s)
 
     def wait_scanned(self, timeout_s: float | None = None) -> bool:
         """Wait until what the tiers held at opening is known; False when time ran out."""
         return self._scanner.wait(timeout_s)
 
-    @property
-    def is_scanned(self) -> bool:
-        """Whether what the tiers held at opening is known."""
-        return self._scanner.is_done
-
     def close(self) -> None:
-        """Write what waits, stop the threads, close the tiers. Idempotent."""
+        """Write what waits, stop the threads, close the tiers. Idempotent.
+
+        Returns when that is done, also to a second thread that closes.
+        """
         self._check_fork()
         with self._closing:
             if self._closed:
                 return
-            self._closed = True
-        self._scanner.close()
-        self._writer.close()
-        self._loader.close()
-        self._catalog.close()
+            try:
+                self._scanner.close()
+                self._writer.close()
+                self._loader.close()
+            finally:
+                self._closed = True
+                self._catalog.close()
 
     def __enter__(self) -> Self:
         return self
@@ -237,38 +256,62 @@ class Cache:
         """See :meth:`Loader.fetch`."""
         return self._loader.fetch(match, tiers, promote_to, done)
 
-    def when_scanned(self, timeout_s: float, then: Callable[[], None]) -> None:
-        """Call ``then`` on another thread when the scan is done, or at the latest in time."""
+    def disown(self, entry: Entry, reason: str) -> None:
+        """Forget an object at once, and have its tiers delete it, on a thread that may do I/O."""
+        catalog = self._catalog
+        with catalog.lock:
+            stores = [copy.tier for copy in entry.copies]
+            for store in stores:
+                catalog.forget_copy(store, entry)
+        for store in stores:
+            catalog.counters.add("corrupt")
+            log.warning(
+                "object.corrupt", tier=store.name, object=str(entry.object_id), reason=reason
+            )
+            self._loader.submit(functools.partial(catalog.delete_forgotten, store, entry.object_id))
 
-        def wait() -> None:
-            self._scanner.wait(timeout_s)
-            then()
+    def is_scanned(self, tiers: Sequence[TierStore]) -> bool:
+        """Whether what these tiers held at opening is known."""
+        return self._scanner.has_scanned(tiers)
 
-        self._loader.submit(wait)
+    def when_scanned(self, tiers: Sequence[TierStore], then: Callable[[], None]) -> None:
+        """Call ``then`` on another thread when these are scanned, or have taken too long."""
+        self._scanner.when_scanned(tiers, then)
 
-    def reserve(self, size: int) -> PooledPages | None:
-        """Pages for an object to be saved; None, and counted, when too much is on its way."""
-        if not self._writer.reserve(size):
-            self._catalog.counters.add("saves_dropped")
-            return None
-        return self._catalog.pool.acquire(size)
+    def reserve(self, size: int, *, beyond_bound: bool = False) -> PooledPages | None:
+        """Pages for an object to be saved; None, and counted, when there is no room for it."""
+        if self._writer.reserve(size, beyond_bound=beyond_bound):
+            try:
+                return self._catalog.pool.acquire(size)
+            except BaseException as error:
+                self._writer.unreserve(size)
+                if not isinstance(error, OSError):
+                    raise
+        self._catalog.counters.add("saves_dropped")
+        return None
 
     def forgo(self, pages: PooledPages) -> None:
         """Give back what ``reserve`` gave, unsaved."""
-        self._writer.forgo(pages)
+        pages.release()
+        self._writer.unreserve(pages.size)
 
     def submit(self, draft: Draft) -> None:
         """Make a new object findable, and hand it and its pages to the writer."""
         with self._catalog.lock:
             entry = self._catalog.index.add(draft.entry)
-            is_new = entry.pages is None
-            if is_new:
+            missing = tuple(
+                tier
+                for tier in draft.tiers
+                if tier not in entry.writing and entry.copy_in(tier) is None
+            )
+            entry.writing += missing
+            if missing and entry.pages is None:
                 entry.pages = draft.pages
-        if not is_new:  # the same content is being written already
-            self._writer.forgo(draft.pages)
+        if not missing:  # the same content is there, or on its way
+            self.forgo(draft.pages)
             return
         self._catalog.counters.add(f"saves_{draft.save_reason}")
-        self._writer.submit(attrs.evolve(draft, entry=entry))
+        self._writer.submit(attrs.evolve(draft, entry=entry, tiers=missing))
 
     # ------------------------------------------------------------------- inside
 
@@ -286,36 +329,55 @@ class Cache:
             )
 
     def _write(self, draft: Draft) -> None:
-        """On a writer thread: checksum, then every tier of the draft that lacks the object."""
+        """On a writer thread: checksum, then every tier of the draft."""
         entry, pages, catalog = draft.entry, draft.pages, self._catalog
+        stored = 0
         try:
-            head = encode_header(
-                kind=entry.object_id.kind,
-                start=entry.start,
-                end=entry.end,
-                namespace=entry.namespace,
-                key=entry.object_id.key,
-                segment_key=entry.segment_key,
-                lead_tokens=entry.lead,
-                tokens=entry.tokens,
-                align_tokens=draft.align_tokens,
-                payload=pages.view,
-                info={"save_reason": draft.save_reason, "created_ns": time.time_ns()},
-            )
-            durable = draft.save_reason in {"finish", "shutdown"}
-            for store in draft.tiers:
-                if entry.copy_in(store) is None:
-                    try:
-                        catalog.put(store, entry, head, pages, draft.save_reason, durable=durable)
-                    except CacheError:
-                        continue  # counted and logged where it was raised
-            if not entry.copies:
-                catalog.counters.add("saves_dropped")
+            if self._is_reachable(draft):
+                stored = self._write_to_tiers(draft)
         finally:
+            if not stored:
+                catalog.counters.add("saves_dropped")
             with catalog.lock:
-                entry.pages = None
+                entry.writing = tuple(t for t in entry.writing if t not in draft.tiers)
+                if entry.pages is pages:
+                    entry.pages = None
                 catalog.drop_if_gone(entry)
             pages.release()
+
+    def _is_reachable(self, draft: Draft) -> bool:
+        """Whether the block that this one goes on from is still there.
+
+        A context that is larger than its tiers loses its end, not its beginning.
+        """
+        with self._catalog.lock:
+            after = draft.after
+            return after is None or bool(after.copies) or after.pages is not None
+
+    def _write_to_tiers(self, draft: Draft) -> int:
+        entry, pages = draft.entry, draft.pages
+        head = encode_header(
+            kind=entry.object_id.kind,
+            start=entry.start,
+            end=entry.end,
+            namespace=entry.namespace,
+            key=entry.object_id.key,
+            segment_key=entry.segment_key,
+            lead_tokens=entry.lead,
+            tokens=entry.tokens,
+            align_tokens=draft.align_tokens,
+            payload=pages.view,
+            info={"save_reason": draft.save_reason, "created_ns": time.time_ns()},
+        )
+        durable = draft.save_reason in {"finish", "shutdown"}
+        stored = 0
+        for store in draft.tiers:
+            try:
+                self._catalog.put(store, entry, head, pages, draft.save_reason, durable=durable)
+                stored += 1
+            except CacheError:
+                continue  # counted and logged where it was raised
+        return stored
 
 
 def _rows(entry: Entry) -> list[Row]:

@@ -10,6 +10,7 @@ from typing import Final
 import attrs
 
 from erllama_core.cache.counters import CounterSet
+from erllama_core.cache.eviction import EvictionQueue
 from erllama_core.cache.index import Copy, Entry, Index
 from erllama_core.cache.pages import PagePool
 from erllama_core.cache.tiers import NamedTier, TierStore
@@ -46,6 +47,7 @@ class Catalog:
         self.counters: Final = CounterSet()
         self.pool: Final = pool
         self.stores: Final = {tier.name: TierStore(tier, self.counters) for tier in tiers}
+        self.queues: Final = {store: EvictionQueue(store) for store in self.stores.values()}
 
     def store(self, name: str) -> TierStore:
         """The tier of that name. ValueError names the ones there are."""
@@ -72,31 +74,46 @@ class Catalog:
 
         Pages are kept as they are by a tier that can. Raises CacheError.
         """
-        object_id = entry.object_id
-        view = payload if isinstance(payload, memoryview) else payload.view
-        size = len(head) + len(view)
-
-        def write() -> None:
-            if store.keeps is not None and not isinstance(payload, memoryview):
-                store.keeps.keep(object_id, head, payload)
-            else:
-                store.tier.put(object_id, (head, view), durable=durable)
-
-        usage = store.tier.usage()
+        size = len(head) + len(payload if isinstance(payload, memoryview) else payload.view)
+        usage = store.usage()
         if usage.quota_bytes is not None:
             if size > usage.quota_bytes:
                 raise TierFull(f"{size} bytes in a tier of {usage.quota_bytes}")
             if usage.used_bytes + size > usage.quota_bytes:
                 self.evict(store, usage.used_bytes + size - usage.quota_bytes)
         try:
-            store.attempt(write, "write")
+            self._write(store, entry, head, payload, save_reason, durable)
         except TierFull:
             # Others filled it meanwhile, or the device is smaller than the quota.
             if not self.evict(store, 2 * size).rows:
                 raise
-            store.attempt(write, "write")
+            self._write(store, entry, head, payload, save_reason, durable)
+
+    def _write(
+        self,
+        store: TierStore,
+        entry: Entry,
+        head: bytes,
+        payload: memoryview | Pages,
+        save_reason: str,
+        durable: bool,
+    ) -> None:
+        object_id = entry.object_id
+
+        def write() -> int:
+            if isinstance(payload, memoryview):
+                store.tier.put(object_id, (head, payload), durable=durable)
+                return len(head) + len(payload)
+            if store.keeps is not None:
+                store.keeps.keep(object_id, head, payload)
+            else:
+                store.tier.put(object_id, (head, payload.view), durable=durable)
+            return len(head) + len(payload.view)
+
+        with store.changing(object_id):
+            size = store.attempt(write, "write")
+            self.add_copy(store, entry, size, time.time_ns(), save_reason)
         self.counters.add("bytes_written", size)
-        self.add_copy(store, entry, size, time.time_ns(), save_reason)
 
     def add_copy(
         self, store: TierStore, entry: Entry, size: int, last_used_ns: int, save_reason: str
@@ -107,7 +124,7 @@ class Catalog:
             if entry.copy_in(store) is None:
                 copy = Copy(store, size, last_used_ns, save_reason)
                 entry.copies.append(copy)
-                store.consider(entry, copy)
+                self.queues[store].add(entry, copy)
 
     def forget_copy(self, store: TierStore, entry: Entry) -> None:
         """A copy turned out to be gone: take it out, so that none looks again."""
@@ -115,16 +132,25 @@ class Catalog:
             copy = entry.copy_in(store)
             if copy is not None:
                 entry.copies.remove(copy)
+                self.queues[store].discount()
                 self.drop_if_gone(entry)
 
     def discard_corrupt(self, store: TierStore, object_id: ObjectId, reason: str) -> None:
-        """A copy is not what it claims to be: forget it, and remove it from its tier."""
+        """A copy is not what it claims to be: count it, forget it, remove it from its tier."""
         self.counters.add("corrupt")
         log.warning("object.corrupt", tier=store.name, object=str(object_id), reason=reason)
+        self.remove(store, object_id)
+
+    def remove(self, store: TierStore, object_id: ObjectId) -> None:
+        """Take an object out of a tier, as far as the tier lets go of it."""
         entry = self.get(object_id)
-        if entry is not None:
-            self.forget_copy(store, entry)
-        self._delete(store, object_id)
+        with store.changing(object_id):
+            if entry is not None:
+                self.forget_copy(store, entry)
+            try:
+                store.attempt(lambda: store.tier.delete(object_id), "delete")
+            except CacheError:
+                return
 
     def drop_if_gone(self, entry: Entry) -> None:
         """Forget an object that is nowhere any more. Under the lock."""
@@ -147,26 +173,42 @@ class Catalog:
     def evict(self, store: TierStore, n_bytes: int) -> Evicted:
         """Free at least ``n_bytes`` in one tier, least worth first; less when no more can go."""
         with self.lock:
-            victims = store.victims(n_bytes, lambda entry: self.index.has_dependants(entry, store))
-            for entry in victims:
+            victims = self.queues[store].take(
+                n_bytes, lambda entry: self.index.has_dependants(entry, store)
+            )
+            for entry, _ in victims:
                 self.drop_if_gone(entry)
-        freed = sum(self._delete(store, entry.object_id) for entry in victims)
-        if victims:
-            self.counters.add("evictions", len(victims))
-            log.debug("tier.evicted", tier=store.name, rows=len(victims), bytes=freed)
-        return Evicted(len(victims), freed)
+        rows = freed = 0
+        for entry, copy in victims:
+            try:
+                gone = self.delete_forgotten(store, entry.object_id)
+            except CacheError:
+                # It takes up room still, so it must stay known.
+                self.add_copy(store, entry, copy.size_bytes, copy.last_used_ns, copy.save_reason)
+                continue
+            rows += gone > 0
+            freed += gone
+        if rows:
+            self.counters.add("evictions", rows)
+            log.debug("tier.evicted", tier=store.name, rows=rows, bytes=freed)
+        return Evicted(rows, freed)
 
-    def _delete(self, store: TierStore, object_id: ObjectId) -> int:
-        try:
+    def delete_forgotten(self, store: TierStore, object_id: ObjectId) -> int:
+        """Delete what was forgotten, unless it was stored again meanwhile; the bytes freed.
+
+        Raises CacheError.
+        """
+        with store.changing(object_id):
+            with self.lock:
+                known = self.index.get(object_id)
+                if known is not None and known.copy_in(store) is not None:
+                    return 0
             return store.attempt(lambda: store.tier.delete(object_id), "delete")
-        except CacheError:
-            return 0
 
     def close(self) -> None:
         """Forget everything and close the tiers."""
         with self.lock:
-            for entry in list(self.index):
-                self.index.remove(entry)
+            self.index.clear()
         for store in self.stores.values():
             try:
                 store.attempt(store.tier.close, "close")

@@ -28,7 +28,15 @@ if TYPE_CHECKING:
 class Copy:
     """One tier's copy of an object."""
 
-    __slots__ = ("hits", "last_used_ns", "save_reason", "size_bytes", "tier", "users")
+    __slots__ = (
+        "hits",
+        "last_used_ns",
+        "rests_until_s",
+        "save_reason",
+        "size_bytes",
+        "tier",
+        "users",
+    )
 
     def __init__(
         self, tier: TierStore, size_bytes: int, last_used_ns: int, save_reason: str
@@ -40,6 +48,8 @@ class Copy:
         self.hits = 0
         self.users = 0
         """Reads going on; a copy in use is not evicted."""
+        self.rests_until_s = 0.0
+        """After a failed read, on the monotonic clock: it is there, but not to be had now."""
 
 
 class Entry:
@@ -54,8 +64,10 @@ class Entry:
         "object_id",
         "pages",
         "parent",
+        "refusals",
         "segment_key",
         "tokens",
+        "writing",
     )
 
     def __init__(
@@ -76,6 +88,10 @@ class Entry:
         self.copies: list[Copy] = []
         self.pages: Pages | None = None
         """The payload while it waits to be written."""
+        self.writing: tuple[TierStore, ...] = ()
+        """Tiers that it waits to be written to."""
+        self.refusals = 0
+        """How often a backend refused it."""
         self.parent: Entry | None = None
         self.children: list[Entry] = []
 
@@ -181,7 +197,7 @@ class Index:
                 self._adopt_orphans(segment)
             else:
                 segment.orphans.append(entry)
-        elif entry.object_id.kind is ObjectKind.SNAPSHOT:
+        elif entry.object_id.kind is ObjectKind.SNAPSHOT and entry.segment_key:
             bisect.insort(self._segment(entry.segment_key).snapshots, entry, key=_path)
         return entry
 
@@ -198,22 +214,20 @@ class Index:
         elif entry in segment.orphans:
             segment.orphans.remove(entry)
         elif entry.object_id.kind is ObjectKind.KV:
-            loose: list[Entry] = []
-            self._detach(segment, entry, loose)
-            segment.orphans.extend(child for child in loose if child is not entry)
+            segment.orphans.extend(self._detach(segment, entry))
             self._adopt_orphans(segment)
         if segment.is_empty:
             del self._segments[entry.segment_key]
 
     def has_dependants(self, entry: Entry, tier: TierStore) -> bool:
         """Whether ``tier`` has blocks that are of no use without this one."""
-        if any(child.copy_in(tier) for child in entry.children):
+        if any(_is_in(child, tier) for child in entry.children):
             return True
         if entry.object_id.kind is not ObjectKind.KV:
             return False
         following = self._segments.get(entry.object_id.key)
         return following is not None and any(
-            not block.lead and block.copy_in(tier) for block in following.blocks
+            not block.lead and _is_in(block, tier) for block in following.blocks
         )
 
     # ------------------------------------------------------------ attachment
@@ -245,14 +259,30 @@ class Index:
                     segment.orphans.remove(orphan)
                     attached = True
 
-    def _detach(self, segment: Segment, entry: Entry, loose: list[Entry]) -> None:
-        _remove_sorted(segment.blocks, entry)
-        if entry.parent is not None:
-            entry.parent.children.remove(entry)
-            entry.parent = None
-        loose.append(entry)
-        for child in list(entry.children):
-            self._detach(segment, child, loose)
+    def clear(self) -> None:
+        """Forget everything."""
+        self._objects.clear()
+        self._segments.clear()
+
+    def _detach(self, segment: Segment, entry: Entry) -> list[Entry]:
+        """Take a block and all that hang on it out of the tree; those that hung on it."""
+        loose: list[Entry] = []
+        waiting = [entry]
+        while waiting:
+            block = waiting.pop()
+            _remove_sorted(segment.blocks, block)
+            if block.parent is not None and block is entry:
+                block.parent.children.remove(block)
+            block.parent = None
+            waiting += block.children
+            loose += block.children
+            block.children = []
+        return loose
+
+
+def _is_in(entry: Entry, tier: TierStore) -> bool:
+    """Whether a tier has the object, or will have it as soon as it is written."""
+    return entry.copy_in(tier) is not None or tier in entry.writing
 
 
 def _holder(segment: Segment, lead: bytes) -> Entry | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -23,6 +24,9 @@ from erllama_core.interfaces.log import get_logger
 from erllama_core.interfaces.tier import Pages
 
 log = get_logger("erllama.cache")
+
+_REST_S: Final = 1.0
+"""How long a copy that could not be read is left alone."""
 
 
 class PayloadPages:
@@ -135,10 +139,10 @@ class Loader:
                     reads.append((part, store))
                 elif part.pages is None:
                     fetch.failed = True
-        if fetch.failed:
-            for part, _ in reads:
-                _unuse(part)
-            reads.clear()
+            if fetch.failed:
+                for part, _ in reads:
+                    _unuse(part)
+                reads.clear()
         if not reads:
             self._finish(fetch)
             return fetch
@@ -148,9 +152,10 @@ class Loader:
             self._pool.submit(self._read, fetch, part, store, promote_to, started, done)
         return None
 
-    def submit(self, work: Callable[[], None]) -> None:
-        """Run something that blocks on a thread of the pool."""
-        self._pool.submit(work)
+    def submit(self, work: Callable[[], object]) -> None:
+        """Run something that blocks on a thread of the pool, some time."""
+        with contextlib.suppress(RuntimeError):  # the pool is closed
+            self._pool.submit(work)
 
     def close(self) -> None:
         """Finish the reads under way and stop the threads."""
@@ -165,7 +170,7 @@ class Loader:
             return None
         for store in tiers:
             copy = entry.copy_in(store)
-            if copy is None:
+            if copy is None or copy.rests_until_s > time.monotonic():
                 continue
             if store.keeps is None:
                 part.copy = copy
@@ -204,11 +209,19 @@ class Loader:
             fetch.failed = True
             self._catalog.discard_corrupt(store, part.entry.object_id, error.reason)
         except CacheError:
+            # It is there still: another attempt goes without it, a later request may try.
             fetch.failed = True
-            self._catalog.forget_copy(store, part.entry)
+            if part.copy is not None:
+                part.copy.rests_until_s = time.monotonic() + _REST_S
         except Exception:  # what is left is a bug; the request must still be answered
             fetch.failed = True
             log.exception("load.failed", tier=store.name)
+        finally:
+            self._read_is_over(fetch, started, done)
+        if promoted is not None and promote_to is not None:
+            self._promote(promote_to, part, promoted)
+
+    def _read_is_over(self, fetch: Fetch, started: int, done: Callable[[Fetch], None]) -> None:
         with fetch.lock:
             fetch.waiting -= 1
             last = fetch.waiting == 0
@@ -216,8 +229,6 @@ class Loader:
             self._catalog.counters.add("load_ns", time.perf_counter_ns() - started)
             self._finish(fetch)
             done(fetch)
-        if promoted is not None and promote_to is not None:
-            self._promote(promote_to, part, promoted)
 
     def _read_part(self, part: _Part, store: TierStore) -> None:
         entry = part.entry

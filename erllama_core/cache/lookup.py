@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection
 from typing import Final
 
@@ -37,6 +38,22 @@ class Match:
     mark: Entry | None = None
     """The logits at ``length``; then ``length`` is the whole prompt."""
 
+    def within(self, cells: int) -> Match:
+        """The part that can be imported where so many cells are free.
+
+        A block is imported whole before its end is cut off.
+        """
+        fitting = []
+        for piece in self.pieces:
+            if piece.entry.end > cells:
+                break
+            fitting.append(piece)
+        if len(fitting) == len(self.pieces):
+            return self
+        if self.snapshot is not None:
+            return Match(covered=self.covered)
+        return Match(self.covered, fitting[-1].stop if fitting else 0, tuple(fitting))
+
 
 class Finder:
     """Walks an index for one model: its KV class and the tiers that it may read.
@@ -50,8 +67,14 @@ class Finder:
         self._tiers: Final = frozenset(tiers)
 
     def readable(self, entry: Entry) -> bool:
-        """Whether the object can be had: from a buffer, or a tier of this model."""
-        return entry.pages is not None or any(c.tier in self._tiers for c in entry.copies)
+        """Whether the object can be had now, from one of this model's tiers or on its way there."""
+        if entry.pages is not None and not self._tiers.isdisjoint(entry.writing):
+            return True
+        return any(
+            copy.tier in self._tiers
+            and (not copy.rests_until_s or copy.rests_until_s < time.monotonic())
+            for copy in entry.copies
+        )
 
     def find(self, keys: ContextKeys, may_sample: bool) -> Match:
         """The longest stored prefix of the whole context ``keys``.

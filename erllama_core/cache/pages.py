@@ -6,6 +6,7 @@ import contextlib
 import mmap
 import sys
 import threading
+from collections import deque
 from collections.abc import Iterable
 from typing import Final
 
@@ -14,12 +15,16 @@ _MADV_POPULATE_WRITE: Final = 23
 
 
 _HUGE_PAGE: Final = 2 << 20
+_WASTE: Final = 8
+"""A mapping may be larger than what was asked for by one part in so many."""
+_MAX_IDLE: Final = 256
+"""Mappings that wait: few enough to look through."""
 
 
 def _capacity(size: int) -> int:
-    """Whole pages for ``size`` bytes; whole huge pages where that adds an eighth at most."""
+    """Whole pages for ``size`` bytes; whole huge pages where that wastes little."""
     huge = -(-size // _HUGE_PAGE) * _HUGE_PAGE
-    if huge - size <= size // 8:
+    if 0 < huge <= size + size // _WASTE:
         return huge
     return max(1, -(-size // mmap.PAGESIZE)) * mmap.PAGESIZE
 
@@ -81,14 +86,13 @@ class PooledPages:
 class PagePool:
     """Gives out pages and keeps some of those that come back; thread-safe.
 
-    Pages of the wrong size are not kept: a mapping serves a request for at least half of it,
-    and what a cache row used goes back to the system when the pool has ``max_idle_bytes``.
+    Of what is kept the oldest goes first, back to the system.
     """
 
     def __init__(self, max_idle_bytes: int) -> None:
         self._max_idle_bytes: Final = max_idle_bytes
         self._lock = threading.Lock()
-        self._idle: list[mmap.mmap] = []
+        self._idle: deque[mmap.mmap] = deque()
         self._idle_bytes = 0
 
     @property
@@ -97,7 +101,7 @@ class PagePool:
         return self._idle_bytes
 
     def acquire(self, size: int) -> PooledPages:
-        """Writable pages for ``size`` bytes; their contents are arbitrary."""
+        """Writable pages for ``size`` bytes; their contents are arbitrary. Raises OSError."""
         needed = _capacity(size)
         pages = self._take(needed)
         return PooledPages(self, _map(needed) if pages is None else pages, size)
@@ -111,24 +115,23 @@ class PagePool:
             self._give_back(_map(needed))
 
     def _take(self, needed: int) -> mmap.mmap | None:
+        most = needed + needed // _WASTE
         with self._lock:
-            best = -1
             for index, pages in enumerate(self._idle):
-                if needed <= len(pages) <= 2 * needed and (
-                    best < 0 or len(pages) < len(self._idle[best])
-                ):
-                    best = index
-            if best < 0:
-                return None
-            taken = self._idle.pop(best)
-            self._idle_bytes -= len(taken)
-            return taken
+                if needed <= len(pages) <= most:
+                    del self._idle[index]
+                    self._idle_bytes -= len(pages)
+                    return pages
+        return None
 
     def _give_back(self, pages: mmap.mmap) -> None:
+        if len(pages) > self._max_idle_bytes:
+            return
         with self._lock:
-            if self._idle_bytes + len(pages) <= self._max_idle_bytes:
-                self._idle.append(pages)
-                self._idle_bytes += len(pages)
+            self._idle.append(pages)
+            self._idle_bytes += len(pages)
+            while self._idle_bytes > self._max_idle_bytes or len(self._idle) > _MAX_IDLE:
+                self._idle_bytes -= len(self._idle.popleft())
 
     def clear(self) -> None:
         """Return the idle pages to the system."""

@@ -19,7 +19,8 @@ class SavePolicy:
     cold_max_tokens: int | None = None
     """No more than this much of a prompt is saved while it is computed. None: all of it."""
     continued_interval: int = 256
-    """A reply is saved each time it has grown by this much. 0: only when it is finished."""
+    """A reply is saved when it has grown by this much and by a whole block. 0: only when it is
+    finished, which is also when models are saved whose state cannot be cut."""
     boundary_align_tokens: int = 256
     """No stored block crosses a multiple of this; it is also the longest block."""
     prefill_chunk_size: int | None = None

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import threading
 import time
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from erllama_core.cache.catalog import Catalog
 from erllama_core.cache.index import Entry
 from erllama_core.cache.tiers import TierStore
-from erllama_core.errors import CorruptBlock
-from erllama_core.interfaces.block import decode_header
+from erllama_core.errors import CorruptBlock, UnknownFormat
+from erllama_core.interfaces.block import Header, decode_header
 from erllama_core.interfaces.log import get_logger
 from erllama_core.interfaces.tier import ScanFailure, ScannedObject
 
 log = get_logger("erllama.cache")
 
+PATIENCE_S: Final = 2.0
+"""From opening on, a miss waits no longer than this for the scan."""
 _PREPARED_BUFFERS: Final = 64
 
 
@@ -30,34 +34,75 @@ class Scanner:
     """
 
     def __init__(self, catalog: Catalog) -> None:
+        self._catalog: Final = catalog
         self._latest: list[tuple[int, int]] = []
         """Time of last use and size of the objects used last; a heap."""
-        self._catalog: Final = catalog
         self._stopping = False
+        self._lock: Final = threading.Lock()
+        self._unscanned: set[TierStore] = {
+            store for store in catalog.stores.values() if store.keeps is None
+        }
+        self._waiting: list[tuple[Sequence[TierStore], Callable[[], None]]] = []
+        self._impatient = False
         self._done: Final = threading.Event()
+        self._timer: Final = threading.Timer(PATIENCE_S, self._lose_patience)
+        self._timer.daemon = True
+        self._timer.name = "erllama-scan-timer"
         self._thread: Final = threading.Thread(target=self._run, name="erllama-scan", daemon=True)
+        if self._unscanned:
+            self._timer.start()
         self._thread.start()
 
-    @property
-    def is_done(self) -> bool:
-        """Whether everything that was stored before the start is known."""
-        return self._done.is_set()
-
     def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait until everything that was stored before the start is known."""
         return self._done.wait(timeout_s)
 
+    def has_scanned(self, stores: Sequence[TierStore]) -> bool:
+        """Whether these are known, or have taken so long that nobody waits any more."""
+        return self._impatient or self._unscanned.isdisjoint(stores)
+
+    def when_scanned(self, stores: Sequence[TierStore], then: Callable[[], None]) -> None:
+        """Call ``then`` once these are known, or patience is lost; on some thread, or now."""
+        with self._lock:
+            if not self.has_scanned(stores):
+                self._waiting.append((stores, then))
+                return
+        then()
+
     def close(self) -> None:
-        """Stop early and wait for the thread."""
+        """Stop early and wait for the thread; nobody waits for the scan afterwards."""
         self._stopping = True
+        self._timer.cancel()
         self._thread.join()
+        self._lose_patience()
+        if self._timer.is_alive():
+            self._timer.join()
+
+    def _lose_patience(self) -> None:
+        with self._lock:
+            self._impatient = True
+        self._call_those_that_need_not_wait()
+
+    def _call_those_that_need_not_wait(self) -> None:
+        with self._lock:
+            ready = [item for item in self._waiting if self.has_scanned(item[0])]
+            self._waiting = [item for item in self._waiting if item not in ready]
+        for _, then in ready:
+            then()
 
     def _run(self) -> None:
         try:
-            for store in self._catalog.stores.values():
+            for store in tuple(self._unscanned):
                 self._scan(store)
+                with self._lock:
+                    self._unscanned.discard(store)
+                self._call_those_that_need_not_wait()
         finally:
+            self._timer.cancel()
             self._done.set()
-        self._catalog.pool.prepare(size for _, size in sorted(self._latest, reverse=True))
+        if not self._stopping:
+            with contextlib.suppress(OSError):
+                self._catalog.pool.prepare(size for _, size in sorted(self._latest, reverse=True))
 
     def _scan(self, store: TierStore) -> None:
         started = time.perf_counter()
@@ -88,25 +133,32 @@ class Scanner:
         """Add an object to the index; why not, when its header does not allow that."""
         try:
             header = decode_header(found.head)
-        except CorruptBlock as error:
-            self._catalog.counters.add("corrupt")
+            if header.object_id != found.object_id or header.size_bytes != found.size_bytes:
+                raise CorruptBlock("its name or its size is not what its header says")
+        except UnknownFormat as error:
+            # Another erllama may read it. Here it is only something that can be evicted.
+            entry = Entry(found.object_id, found.object_id.start, b"", b"", b"", b"")
+            self._catalog.add_copy(store, entry, found.size_bytes, found.last_used_ns, "")
             return f"{found.object_id}: {error.reason}"
-        if header.object_id != found.object_id or header.size_bytes != found.size_bytes:
-            self._catalog.counters.add("corrupt")
-            return f"{found.object_id}: name or size differ from the header"
-        in_tree = header.align_tokens > 0
-        entry = Entry(
-            header.object_id,
-            header.end,
-            header.namespace,
-            header.segment_key if in_tree else b"",
-            header.lead_tokens,
-            header.tokens if in_tree else b"",
-        )
+        except CorruptBlock as error:
+            self._catalog.discard_corrupt(store, found.object_id, error.reason)
+            return f"{found.object_id}: {error.reason}"
         keep = heapq.heappush if len(self._latest) < _PREPARED_BUFFERS else heapq.heappushpop
         keep(self._latest, (found.last_used_ns, found.size_bytes))
         reason = header.info.get("save_reason")
         self._catalog.add_copy(
-            store, entry, found.size_bytes, found.last_used_ns, str(reason or "")
+            store, _entry_of(header), found.size_bytes, found.last_used_ns, str(reason or "")
         )
         return None
+
+
+def _entry_of(header: Header) -> Entry:
+    in_tree = header.align_tokens > 0
+    return Entry(
+        header.object_id,
+        header.end,
+        header.namespace,
+        header.segment_key if in_tree else b"",
+        header.lead_tokens,
+        header.tokens if in_tree else b"",
+    )

@@ -74,21 +74,26 @@ class ModelSpace:
         self._catalog.counters.add("hits_exact" if match.length == n else "hits_longest_prefix")
         self._catalog.touch(_used(match))
 
-    def count_rejected(self) -> None:
-        """Count a restore that the backend refused."""
-        self._catalog.counters.add("state_rejected")
-
     def fetch(self, match: Match, done: Callable[[Fetch], None]) -> Fetch | None:
         """The state of a match; at once, or later through ``done`` on another thread."""
         return self._cache.fetch(match, self._tiers, self._promote_to, done)
 
     @property
     def is_scanned(self) -> bool:
-        return self._cache.is_scanned
+        """Whether what this model's tiers held at opening is known, or not worth waiting for."""
+        return self._cache.is_scanned(self._tiers)
 
-    def when_scanned(self, timeout_s: float, then: Callable[[], None]) -> None:
-        """See :meth:`Cache.when_scanned`."""
-        self._cache.when_scanned(timeout_s, then)
+    def when_scanned(self, then: Callable[[], None]) -> None:
+        """Call ``then`` on another thread when it is."""
+        self._cache.when_scanned(self._tiers, then)
+
+    def refused(self, match: Match) -> None:
+        """The backend refused what was stored: a second time, it is not kept any longer."""
+        self._catalog.counters.add("state_rejected")
+        for entry in _used(match):
+            entry.refusals += 1
+            if entry.refusals > 1:
+                self._cache.disown(entry, "refused by the backend twice")
 
     # ------------------------------------------------------------------- saving
 
@@ -118,9 +123,9 @@ class ModelSpace:
             entry = self._catalog.index.get(object_id)
             return entry is not None and self._finder.readable(entry)
 
-    def reserve(self, size: int) -> PooledPages | None:
+    def reserve(self, size: int, *, beyond_bound: bool = False) -> PooledPages | None:
         """Pages to copy state into; None when too much is on its way already."""
-        return self._cache.reserve(size)
+        return self._cache.reserve(size, beyond_bound=beyond_bound)
 
     def forgo(self, pages: PooledPages) -> None:
         """Give pages back, unsaved."""
@@ -146,6 +151,10 @@ class ModelSpace:
             pages.view[:] = payload
             self._submit(ObjectKind.LOGITS, keys, position, position, pages, reason)
 
+    def count_unsaved(self) -> None:
+        """Count a save that failed before it came to anything."""
+        self._catalog.counters.add("saves_dropped")
+
     def touch(self, keys: ContextKeys, n: int) -> None:
         """Note that the first ``n`` tokens of a context were in use until now."""
         with self._catalog.lock:
@@ -166,6 +175,11 @@ class ModelSpace:
         reason: str,
     ) -> None:
         segment_start = keys.segment_start(end)
+        after = self._block_before(keys, start)
+        if after is None and start and self.kv_class is not KVClass.WHOLE:
+            self._cache.forgo(pages)  # what it goes on from was evicted meanwhile
+            self._catalog.counters.add("saves_dropped")
+            return
         entry = Entry(
             ObjectId(kind, start, keys.key(end)),
             end,
@@ -174,7 +188,16 @@ class ModelSpace:
             keys.slice(segment_start, start),
             keys.slice(start, end),
         )
-        self._cache.submit(Draft(entry, pages, self._tiers, reason, self.align_tokens))
+        draft = Draft(entry, pages, self._tiers, reason, self.align_tokens, after)
+        self._cache.submit(draft)
+
+    def _block_before(self, keys: ContextKeys, position: int) -> Entry | None:
+        """The block that covers the token before ``position``."""
+        if not position or self.kv_class is KVClass.WHOLE:
+            return None
+        with self._catalog.lock:
+            covered, pieces = self._finder.chain(keys, position, keys.segment_start(position))
+        return pieces[-1].entry if covered >= position and pieces else None
 
 
 def _used(match: Match) -> list[Entry]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
-import math
 import threading
 from collections.abc import Callable
 from typing import Final, TypeVar
@@ -11,21 +9,14 @@ from typing import Final, TypeVar
 import attrs
 
 from erllama_core.cache.counters import CounterSet
-from erllama_core.cache.index import Copy, Entry
-from erllama_core.errors import BlockNotFound, CacheError, ErllamaError, TierError
+from erllama_core.errors import BlockNotFound, CacheError, TierError, TierFull
+from erllama_core.interfaces.block import ObjectId
 from erllama_core.interfaces.log import get_logger
-from erllama_core.interfaces.tier import KeepsPages, Tier
+from erllama_core.interfaces.tier import KeepsPages, Tier, TierUsage
 
 log = get_logger("erllama.cache")
 
 _T = TypeVar("_T")
-
-HIT_WEIGHT_S: Final = 120.0
-"""Seconds of recency that a doubling of an object's hits is worth.
-
-60 to 300 does best on the public serving trace of Kimi (Mooncake, FAST '25); much more does
-worse than plain LRU.
-"""
 
 
 @attrs.frozen
@@ -37,16 +28,8 @@ class NamedTier:
     tier: Tier
 
 
-def score_ns(copy: Copy) -> int:
-    """What a copy is worth keeping: later use and more hits are worth more."""
-    return copy.last_used_ns + int(HIT_WEIGHT_S * 1e9 * math.log2(1 + copy.hits))
-
-
 class TierStore:
-    """One tier of a cache: its operations with errors in one shape, and its eviction heap.
-
-    ``attempt`` may be called from any thread; the heap belongs to the cache's lock.
-    """
+    """One tier of a cache, its errors in one shape. Thread-safe."""
 
     def __init__(self, named: NamedTier, counters: CounterSet) -> None:
         self.name: Final = named.name
@@ -56,29 +39,42 @@ class TierStore:
         self._counters: Final = counters
         self._lock = threading.Lock()
         self._in_trouble = False
-        self._heap: list[tuple[int, int, Entry]] = []
-        self._pushed = 0
+        self._changing: Final = tuple(threading.Lock() for _ in range(64))
+
+    def changing(self, object_id: ObjectId) -> threading.Lock:
+        """The lock under which an object is written or deleted.
+
+        A deletion that was decided before the object was written again must not come after.
+        """
+        return self._changing[object_id.key[0] % len(self._changing)]
 
     def attempt(self, operation: Callable[[], _T], what: str) -> _T:
         """Run a tier operation; whatever it raises becomes a CacheError.
 
         Trouble is logged when it starts and when it is over, not once per operation.
         """
-        try:
-            result = operation()
-        except BlockNotFound:
-            raise
-        except CacheError as error:
-            self._note_trouble(what, error)
-            raise
-        except (OSError, ErllamaError, ValueError, RuntimeError, MemoryError) as error:
-            self._note_trouble(what, error)
-            raise TierError(f"tier {self.name!r} could not {what}: {error}") from error
+        result = self._run(operation, what)
         if self._in_trouble:
             with self._lock:
                 self._in_trouble = False
             log.info("tier.recovered", tier=self.name)
         return result
+
+    def usage(self) -> TierUsage:
+        """The tier's usage. Raises CacheError; that it answers does not end trouble."""
+        return self._run(self.tier.usage, "tell its usage")
+
+    def _run(self, operation: Callable[[], _T], what: str) -> _T:
+        try:
+            return operation()
+        except (BlockNotFound, TierFull):
+            raise  # answers, not trouble
+        except CacheError as error:
+            self._note_trouble(what, error)
+            raise
+        except Exception as error:
+            self._note_trouble(what, error)
+            raise TierError(f"tier {self.name!r} could not {what}: {error}") from error
 
     def _note_trouble(self, what: str, error: Exception) -> None:
         self._counters.add("tier_errors")
@@ -86,45 +82,3 @@ class TierStore:
             first, self._in_trouble = not self._in_trouble, True
         if first:
             log.warning("tier.failed", tier=self.name, doing=what, error=str(error))
-
-    # -------------------------------------------------------------- eviction
-
-    def consider(self, entry: Entry, copy: Copy) -> None:
-        """Put an object among those that may be evicted. Under the cache's lock."""
-        self._pushed += 1
-        heapq.heappush(self._heap, (score_ns(copy), self._pushed, entry))
-
-    def victims(self, n_bytes: int, is_needed: Callable[[Entry], bool]) -> list[Entry]:
-        """Take this tier's copies of least worth out of their entries, for ``n_bytes``.
-
-        Fewer when no more can go. A score in the heap may be out of date: a better one is put
-        back before it is believed. An object that others in this tier need is passed over
-        until they are gone; as using a context touches its blocks from the end to the start,
-        that is rare. Under the cache's lock; the caller deletes the objects.
-        """
-        chosen: list[Entry] = []
-        passed: list[Entry] = []
-        freed = 0
-        progress = True
-        while progress and freed < n_bytes:
-            progress = False
-            while self._heap and freed < n_bytes:
-                believed, _, entry = heapq.heappop(self._heap)
-                copy = entry.copy_in(self)
-                if copy is None:
-                    continue
-                if score_ns(copy) > believed:
-                    self.consider(entry, copy)
-                elif copy.users or is_needed(entry):
-                    passed.append(entry)
-                else:
-                    entry.copies.remove(copy)
-                    chosen.append(entry)
-                    freed += copy.size_bytes
-                    progress = True
-            for entry in passed:
-                copy = entry.copy_in(self)
-                if copy is not None:
-                    self.consider(entry, copy)
-            passed.clear()
-        return chosen

@@ -26,6 +26,8 @@ class Draft:
     tiers: tuple[TierStore, ...]
     save_reason: str
     align_tokens: int
+    after: Entry | None
+    """The block that this one goes on from; without it, it would be of no use."""
 
 
 class Writer:
@@ -38,9 +40,12 @@ class Writer:
     def __init__(self, write: Callable[[Draft], None], *, max_bytes: int, threads: int) -> None:
         self._write: Final = write
         self._max_bytes: Final = max_bytes
-        self._queue: queue.SimpleQueue[Draft | None] = queue.SimpleQueue()
-        self._idle: Final = threading.Condition()
+        self._queue: queue.SimpleQueue[tuple[int, Draft] | None] = queue.SimpleQueue()
+        self._changed: Final = threading.Condition()
         self._bytes = 0
+        self._submitted = 0
+        self._unwritten: set[int] = set()
+        """Numbers of the drafts that were handed over and are not written yet."""
         self._closed = False
         self._threads = [
             threading.Thread(target=self._run, name=f"erllama-writer-{i}", daemon=True)
@@ -49,54 +54,56 @@ class Writer:
         for thread in self._threads:
             thread.start()
 
-    @property
-    def inflight_bytes(self) -> int:
-        """Reserved and not yet written."""
-        return self._bytes
-
-    def reserve(self, size: int) -> bool:
+    def reserve(self, size: int, *, beyond_bound: bool = False) -> bool:
         """Claim room for ``size`` bytes. One object is always let through, however large."""
-        with self._idle:
-            if self._closed or (self._bytes and self._bytes + size > self._max_bytes):
+        with self._changed:
+            full = self._bytes and self._bytes + size > self._max_bytes
+            if self._closed or (full and not beyond_bound):
                 return False
             self._bytes += size
             return True
 
+    def unreserve(self, size: int) -> None:
+        """Give room back that nothing was written for."""
+        with self._changed:
+            self._bytes -= size
+
     def submit(self, draft: Draft) -> None:
         """Hand over a draft whose size was reserved."""
-        self._queue.put(draft)
+        with self._changed:
+            self._submitted += 1
+            number = self._submitted
+            self._unwritten.add(number)
+        self._queue.put((number, draft))
 
-    def forgo(self, pages: PooledPages) -> None:
-        """Give a reservation and its pages back, unwritten."""
-        pages.release()
-        self._settle(pages.size)
-
-    def wait_idle(self, timeout_s: float | None = None) -> bool:
-        """Wait until nothing is on its way; False when time ran out."""
-        with self._idle:
-            return self._idle.wait_for(lambda: self._bytes == 0, timeout_s)
+    def wait_written(self, timeout_s: float | None = None) -> bool:
+        """Wait until everything handed over before this call is written; False on time-out."""
+        with self._changed:
+            last = self._submitted
+            return self._changed.wait_for(
+                lambda: all(number > last for number in self._unwritten), timeout_s
+            )
 
     def close(self) -> None:
         """Write what was handed over, then stop the threads."""
-        with self._idle:
+        with self._changed:
             self._closed = True
         for _ in self._threads:
             self._queue.put(None)
         for thread in self._threads:
             thread.join()
 
-    def _settle(self, size: int) -> None:
-        with self._idle:
-            self._bytes -= size
-            if not self._bytes:
-                self._idle.notify_all()
-
     def _run(self) -> None:
-        while (draft := self._queue.get()) is not None:
+        while (item := self._queue.get()) is not None:
+            number, draft = item
+            size = draft.pages.size
             try:
                 self._write(draft)
             except Exception:
                 log.exception("save.failed", object=str(draft.entry.object_id))
             finally:
-                self._settle(draft.pages.size)
-            del draft
+                with self._changed:
+                    self._bytes -= size
+                    self._unwritten.discard(number)
+                    self._changed.notify_all()
+            del item, draft

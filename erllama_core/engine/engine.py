@@ -8,7 +8,6 @@ import itertools
 import os
 import threading
 import time
-import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Self, Unpack
@@ -42,7 +41,7 @@ from erllama_core.model.model import Model, ModelRef, PromptLike
 from erllama_core.model.options import RequestKwargs
 from erllama_core.prompt import Prompt
 from erllama_core.providers import NoOptions
-from erllama_core.results import Completion, ModelInfo
+from erllama_core.results import CacheHit, Completion, ModelInfo, Phase
 from erllama_core.stream.stream import Stream
 
 log = get_logger("erllama.engine")
@@ -79,13 +78,16 @@ class Engine:
             loader_threads=settings.loader_threads,
         )
         self._lock: Final = threading.Lock()
+        self._closing: Final = threading.Lock()
         self._models: Final[dict[str, Model]] = {}
         self._loading: Final[set[str]] = set()
         self._ids: Final = itertools.count(1)
         self._closed = False
         self.aio: Final = AsyncEngine(self)
         # What is still in save buffers when a program ends without closing is written.
-        self._at_exit: Final = functools.partial(_close_at_exit, weakref.ref(self), self._pid)
+        # What is still in save buffers when a program ends without closing is written. The
+        # engine's threads would outlive it otherwise, so until it is closed it stays.
+        self._at_exit: Final = functools.partial(_close_at_exit, self, self._pid)
         atexit.register(self._at_exit)
 
     @classmethod
@@ -196,6 +198,25 @@ class Engine:
             loaded = list(self._models.values())
         return [model.info() for model in loaded]
 
+    def phase(self, model: ModelRef) -> Phase:
+        """What a model is doing, without waiting for it; an unknown one is idle."""
+        found = self._find(model)
+        return "idle" if found is None else found.phase()
+
+    def pending_len(self, model: ModelRef) -> int:
+        """Requests that wait for a sequence of a model; 0 for an unknown one."""
+        found = self._find(model)
+        return 0 if found is None else found.pending_len()
+
+    def last_cache_hit(self, model: ModelRef) -> CacheHit | None:
+        """What the request found that a model admitted last; None before, or if unknown."""
+        found = self._find(model)
+        return None if found is None else found.last_cache_hit()
+
+    def _find(self, model: ModelRef) -> Model | None:
+        with self._lock:
+            return self._models.get(model if isinstance(model, str) else model.id)
+
     def model_info(self, model: ModelRef) -> ModelInfo:
         """One loaded model. Raises ModelNotFound."""
         return self._resolve(model).info()
@@ -285,18 +306,22 @@ class Engine:
         return all(model.settle(left()) for model in loaded) and self._cache.flush(left())
 
     def close(self) -> None:
-        """Save what runs, answer every caller, free models and tiers. Idempotent."""
+        """Save what runs, answer every caller, free models and tiers. Idempotent.
+
+        Returns when that is done, also to a second thread that closes. Not for a stream
+        processor to call: it runs on a worker.
+        """
         self._check_fork()
-        with self._lock:
-            if self._closed:
-                return
-            self._closed = True
-            loaded = list(self._models.values())
-            self._models.clear()
-        for model in loaded:
-            model.close()
-        self._cache.close()
-        atexit.unregister(self._at_exit)
+        with self._closing:
+            with self._lock:
+                self._closed = True
+                loaded = list(self._models.values())
+            for model in loaded:
+                model.close()
+            with self._lock:
+                self._models.clear()
+            self._cache.close()
+            atexit.unregister(self._at_exit)
 
     def __enter__(self) -> Self:
         return self
@@ -339,7 +364,6 @@ def open_tier(plugins: PluginHost, config: TierConfig, *, path: str = "") -> Nam
     return NamedTier(config.name, config.kind, provider.factory(options))
 
 
-def _close_at_exit(engine: weakref.ReferenceType[Engine], pid: int) -> None:
-    alive = engine()
-    if alive is not None and os.getpid() == pid:
-        alive.close()
+def _close_at_exit(engine: Engine, pid: int) -> None:
+    if os.getpid() == pid:
+        engine.close()

@@ -39,7 +39,7 @@ from typing import Any, Final
 import attrs
 import xxhash
 
-from erllama_core.errors import CorruptBlock
+from erllama_core.errors import CorruptBlock, UnknownFormat
 
 MAGIC: Final = b"ERLLAMA\0"
 FORMAT_VERSION: Final = 1
@@ -220,7 +220,7 @@ def header_length(prefix: Bytes) -> int:
     if magic != MAGIC:
         raise CorruptBlock("not a stored object (wrong magic)")
     if version != FORMAT_VERSION:
-        raise CorruptBlock(f"format version {version}; this erllama reads {FORMAT_VERSION}")
+        raise UnknownFormat(f"format version {version}; this erllama reads {FORMAT_VERSION}")
     if not PRELUDE_BYTES < length <= MAX_HEADER_BYTES or length % ALIGNMENT:
         raise CorruptBlock(f"impossible header length {length}")
     return int(length)

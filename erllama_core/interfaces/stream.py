@@ -61,7 +61,8 @@ class StreamProcessor(Protocol):
     def feed(self, token: int, segments: Sequence[Segment]) -> Sequence[Segment]:
         """One token was sampled; ``segments`` is what reached this processor of it.
 
-        Returns what goes on, now: bytes may be held back and returned by a later call.
+        ``token`` is -1 for what an earlier processor held back until the end. Returns what
+        goes on, now: bytes may be held back and returned by a later call.
         """
         ...
 

@@ -45,48 +45,50 @@ def open_model(
     left behind then.
     """
     path = None if config.model_path is None else _model_file(config.model_path)
+    before = _file_state(path)
     fingerprint = _fingerprint(config, path)
     backend = _call_factory(
         provider, BackendRequest(model_path=path, options=options, context=config.context_opts)
     )
     try:
+        if _file_state(path) != before:
+            raise ModelLoadError(f"the model file {path} was changed while it was loaded")
         quantisation = _quantisation(config, backend)
-
-        def open_space(context: Context) -> ModelSpace:
-            longest = policy.boundary_align_tokens
-            if context.max_block_tokens is not None:
-                longest = min(longest, context.max_block_tokens)
-            namespace = digest_fields(
-                "model",
-                {
-                    **{f"backend.{name}": value for name, value in backend.identity().items()},
-                    "fingerprint": fingerprint,
-                    "fingerprint_mode": config.fingerprint_mode,
-                    "quant_type": quantisation.type,
-                    "quant_bits": quantisation.bits,
-                    "ctx_params_hash": config.ctx_params_hash,
-                    "kv_class": context.kv_class.value,
-                    "align_tokens": longest,
-                },
-            )
-            return ModelSpace(
-                cache,
-                namespace=namespace,
-                kv_class=context.kv_class,
-                tiers=tiers,
-                align_tokens=longest,
-            )
-
-        worker = Worker(model_id, backend, open_space, policy)
-        context = worker.start()
     except BaseException:
         backend.close()
         raise
+
+    def open_space(context: Context) -> ModelSpace:
+        longest = policy.boundary_align_tokens
+        if context.max_block_tokens is not None:
+            longest = min(longest, context.max_block_tokens)
+        namespace = digest_fields(
+            "model",
+            {
+                **{f"backend.{name}": value for name, value in backend.identity().items()},
+                "fingerprint": fingerprint,
+                "fingerprint_mode": config.fingerprint_mode,
+                "quant_type": quantisation.type,
+                "quant_bits": quantisation.bits,
+                "ctx_params_hash": config.ctx_params_hash,
+                "kv_class": context.kv_class.value,
+                "align_tokens": longest,
+            },
+        )
+        return ModelSpace(
+            cache,
+            namespace=namespace,
+            kv_class=context.kv_class,
+            tiers=tiers,
+            align_tokens=longest,
+        )
+
+    worker = Worker(model_id, backend, open_space, policy)
     try:
+        context = _start(worker, provider)
         context_size = _context_size(config, context)
-    except ErllamaError:
+    except BaseException:
         worker.close()
-        backend.close()
         raise
     return ModelParts(
         id=model_id,
@@ -118,6 +120,28 @@ def _call_factory(provider: BackendProvider, request: BackendRequest) -> Backend
         raise
     except Exception as error:
         raise ModelLoadError(f"the backend {provider.name!r} failed", reason=repr(error)) from error
+
+
+def _start(worker: Worker, provider: BackendProvider) -> Context:
+    try:
+        return worker.start()
+    except ErllamaError:
+        raise
+    except Exception as error:
+        raise ModelLoadError(
+            f"the backend {provider.name!r} could not open a context", reason=repr(error)
+        ) from error
+
+
+def _file_state(path: Path | None) -> tuple[int, int, int, int] | None:
+    """What changes when a file is replaced or written to."""
+    if path is None:
+        return None
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise ModelLoadError(f"cannot read the model file {path}", reason=str(error)) from error
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def _fingerprint(config: ModelConfig, path: Path | None) -> bytes:

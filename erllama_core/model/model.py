@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Unpack
 
@@ -16,7 +17,7 @@ from erllama_core.model.options import RequestKwargs, RequestOptions
 from erllama_core.model.request import Request
 from erllama_core.model.worker import Worker
 from erllama_core.prompt import Prompt, pack
-from erllama_core.results import Completion, ModelInfo
+from erllama_core.results import CacheHit, Completion, ModelInfo, Phase
 from erllama_core.stream.pipeline import Pipeline
 from erllama_core.stream.stream import Stream
 
@@ -55,6 +56,7 @@ class Model:
         self._worker: Final = parts.worker
         self._unload: Final = unload
         self._closed = False
+        self._pid: Final = os.getpid()
 
     def __repr__(self) -> str:
         return f"Model({self.id!r})"
@@ -114,6 +116,8 @@ class Model:
     def detokenize(self, tokens: Sequence[int]) -> str:
         """The text of tokens, control tokens included; bytes that are not UTF-8 as U+FFFD."""
         self._check_open()
+        if not len(tokens):
+            return ""
         prompt = self._checked(tokens)
         return self._backend.vocabulary.detokenize(prompt.packed).decode("utf-8", "replace")
 
@@ -173,6 +177,18 @@ class Model:
             tiers=parts.tiers,
         )
 
+    def phase(self) -> Phase:
+        """What the worker is doing, without waiting for it."""
+        return self._worker.status
+
+    def pending_len(self) -> int:
+        """Requests that wait for a sequence, without waiting for the worker."""
+        return self._worker.pending_len
+
+    def last_cache_hit(self) -> CacheHit | None:
+        """What the request admitted last found; None before the first."""
+        return self._worker.last_hit
+
     def settle(self, timeout_s: float | None = None) -> bool:
         """Wait until answered requests have handed their state over; False when time ran out."""
         return self._worker.settle(timeout_s)
@@ -185,11 +201,15 @@ class Model:
         """What :meth:`unload` does, without telling the engine; for the engine. Idempotent."""
         self._closed = True
         self._worker.close()
-        self._backend.close()
 
     def _check_open(self) -> None:
         if self._closed:
             raise EngineClosed(f"model {self.id!r} was unloaded")
+        if os.getpid() != self._pid:
+            raise EngineClosed(
+                f"model {self.id!r} was loaded before the process forked, and its worker is the "
+                "parent's; load it after the fork"
+            )
 
     def _as_prompt(self, prompt: PromptLike, options: RequestOptions) -> Prompt:
         if isinstance(prompt, str):

@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any, TypedDict
+import math
+from typing import Any, Final, TypedDict
 
 import attrs
 
 from erllama_core.errors import unknown_name
 from erllama_core.interfaces.backend import SamplingParams
+
+_TYPES: Final[dict[type, Any]] = {int: int, float: int | float, bool: bool, str: str}
+_WORDS: Final = {int: "an integer", float: "a number", bool: "True or False", str: "a string"}
+_RULES: Final[dict[str, tuple[type, bool, float, float]]] = {
+    # name: type, whether None is allowed, least and greatest value
+    "response_tokens": (int, True, 1, math.inf),
+    "temperature": (float, True, 0, math.inf),
+    "top_k": (int, False, 0, (1 << 31) - 1),
+    "top_p": (float, False, 0, 1),
+    "min_p": (float, False, 0, 1),
+    "repetition_penalty": (float, False, 0, math.inf),
+    "seed": (int, True, 0, (1 << 32) - 1),
+    "cache_salt": (str, True, 0, 0),
+    "parse_special": (bool, False, 0, 1),
+    "add_bos": (bool, True, 0, 1),
+}
 
 
 class RequestKwargs(TypedDict, total=False):
@@ -30,7 +47,11 @@ class RequestOptions:
     """One request's options, with their defaults. Raises TypeError, ValueError for wrong values."""
 
     response_tokens: int | None = None
-    """Tokens to generate at most. None: to the end of the context."""
+    """Tokens to generate at most. None: to the end of the context.
+
+    With unified cells a request sets aside the cells that it may need. One that may need all
+    of them runs alone: give a number where requests are to run together.
+    """
     temperature: float | None = None
     """None or 0: greedy."""
     top_k: int = 40
@@ -48,24 +69,16 @@ class RequestOptions:
     """Put the model's BOS in front of a ``str`` prompt. None: where the model asks for it."""
 
     def __attrs_post_init__(self) -> None:
-        for name, least, most in (
-            ("response_tokens", 1, None),
-            ("temperature", 0, None),
-            ("top_k", 0, None),
-            ("top_p", 0, 1),
-            ("min_p", 0, 1),
-            ("repetition_penalty", 0, None),
-            ("seed", 0, (1 << 32) - 1),
-        ):
+        for name, (kind, may_be_none, least, most) in _RULES.items():
             value = getattr(self, name)
-            if value is None:
+            if value is None and may_be_none:
                 continue
-            integral = name in {"response_tokens", "top_k", "seed"}
-            if isinstance(value, bool) or not isinstance(value, int if integral else int | float):
-                kind = "an integer" if integral else "a number"
-                raise TypeError(f"{name}={value!r}: {kind} is needed")
-            if not value >= least or (most is not None and value > most):
-                bound = f"from {least} to {most}" if most is not None else f"at least {least}"
+            if isinstance(value, bool) != (kind is bool) or not isinstance(value, _TYPES[kind]):
+                raise TypeError(f"{name}={value!r}: {_WORDS[kind]} is needed")
+            if isinstance(value, str | bool):
+                continue
+            if not math.isfinite(value) or not least <= value <= most:
+                bound = f"from {least} to {most}" if most < math.inf else f"at least {least}"
                 raise ValueError(f"{name}={value!r}: a value {bound} is needed")
         if self.repetition_penalty == 0:
             raise ValueError("repetition_penalty=0: a value above 0 is needed; 1.0 is none")

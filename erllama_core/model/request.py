@@ -68,6 +68,10 @@ class Request:
         """Tokens whose state the sequence holds."""
         self.saved = 0
         """Tokens whose state is stored, counted from the start without a gap."""
+        self.tried = 0
+        """Tokens up to which a save was tried last, while the reply grows."""
+        self.is_last_save = False
+        """The worker is closing: what is saved now is saved whatever is on its way."""
         self.read = 0
         """Tokens that were restored."""
         self.restored_bytes = 0

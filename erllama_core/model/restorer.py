@@ -17,15 +17,14 @@ from erllama_core.model.request import Phase, Request
 log = get_logger("erllama.model")
 
 _ATTEMPTS: Final = 3
-"""Look-ups after fetches that failed; each failure takes its object out of the index."""
-_SCAN_WAIT_S: Final = 2.0
-"""How long a miss waits for the scan of the tiers at start."""
+"""Look-ups after fetches that failed; none of them finds again what failed before."""
 
 
 class Restorer:
     """Look-up, fetch, import. Used by the worker; only a fetch leaves its thread.
 
-    ``post`` runs something on the worker. When a request's sequence is as far as it gets,
+    ``post`` runs something on the worker, ``cells_for`` says how many cells a request may use
+    while it is restored. When a request's sequence is as far as it gets,
     ``ready`` is called with the logits to sample its first token from, if they were stored.
     """
 
@@ -35,11 +34,13 @@ class Restorer:
         space: ModelSpace,
         post: Callable[[Request, Callable[[Request], None]], None],
         ready: Callable[[Request, Mark | None], None],
+        cells_for: Callable[[Request], int],
     ) -> None:
         self._context: Final = context
         self._space: Final = space
         self._post: Final = post
         self._ready: Final = ready
+        self._cells_for: Final = cells_for
         self.outstanding = 0
         """Calls that other threads still owe; each one posts."""
 
@@ -51,7 +52,7 @@ class Restorer:
         match = self._space.find(keys, may_sample=use_mark and self._mark_would_serve(request))
         if match.length < request.prompt_tokens - 1 and not self._space.is_scanned:
             self.outstanding += 1
-            self._space.when_scanned(_SCAN_WAIT_S, lambda: self._post(request, self._after_scan))
+            self._space.when_scanned(lambda: self._post(request, self._after_scan))
             return
         self._fetch(request, match)
 
@@ -65,6 +66,7 @@ class Restorer:
         self._fetch(request, match)
 
     def _fetch(self, request: Request, match: Match) -> None:
+        match = match.within(self._cells_for(request))
         if not match.length:
             request.saved = match.covered
             self._done(request, None, None)
@@ -105,7 +107,7 @@ class Restorer:
             # The sequence may hold a part. What was refused once will be refused again, so
             # the prompt is computed.
             log.warning("restore.refused", request=request.id, error=str(error))
-            self._space.count_rejected()
+            self._space.refused(fetch.match)
             self._context.drop(request.seq)
             self._done(request, None, None)
             return

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Final
 
 from erllama_core.cache.counters import SaveReason
@@ -12,7 +13,6 @@ from erllama_core.cache.keys import ContextKeys
 from erllama_core.cache.pages import PooledPages
 from erllama_core.cache.policy import SavePolicy
 from erllama_core.cache.space import ModelSpace
-from erllama_core.errors import ErllamaError, StateRejected
 from erllama_core.interfaces.backend import Context, KVClass
 from erllama_core.interfaces.log import get_logger
 from erllama_core.model.request import Request
@@ -39,6 +39,10 @@ class Saver:
 
     def after_prefill(self, request: Request, row: int | None) -> None:
         """A part of the prompt was computed; ``row``: where its last logits are, at its end."""
+        with self._unharmed(request):
+            self._after_prefill(request, row)
+
+    def _after_prefill(self, request: Request, row: int | None) -> None:
         policy = self._policy
         prompt = request.prompt_tokens
         at_end = row is not None
@@ -55,20 +59,33 @@ class Saver:
     def after_token(self, request: Request) -> None:
         """The reply has grown by a token."""
         interval = self._policy.continued_interval
-        if not interval or request.computed - request.saved < interval:
+        aligned = request.computed - request.computed % self._align
+        if not interval or request.computed - request.saved < interval or aligned <= request.tried:
             return
         if self.saves(request.computed):
-            self._save_blocks(
-                request, request.computed - request.computed % self._align, "continued"
-            )
+            request.tried = aligned  # what finds no room now is tried again a block later
+            with self._unharmed(request):
+                self._save_blocks(request, aligned, "continued")
 
     def at_end(self, request: Request, row: int | None, reason: SaveReason = "finish") -> None:
         """The context is whole, or as whole as it will get."""
-        if self.saves(request.computed):
+        if not self.saves(request.computed):
+            return
+        request.is_last_save = reason == "shutdown"
+        with self._unharmed(request):
             self._save_blocks(request, request.computed, reason)
             self._save_end(request, row, reason)
             assert request.keys is not None
             self._space.touch(request.keys, request.computed)
+
+    @contextmanager
+    def _unharmed(self, request: Request) -> Iterator[None]:
+        """Whatever saving raises ends this save, and never the request."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - a backend's own code, or the cache's
+            self._space.count_unsaved()
+            log.warning("save.failed", request=request.id, error=repr(error))
 
     def _save_blocks(self, request: Request, end: int, reason: SaveReason) -> None:
         keys = request.keys
@@ -82,6 +99,7 @@ class Saver:
                 return
             start, stop = block
             pages = self._copy(
+                request,
                 self._context.range_bytes(request.seq, start, stop),
                 functools.partial(self._context.export_range, request.seq, start, stop),
             )
@@ -105,24 +123,23 @@ class Saver:
         self, request: Request, keys: ContextKeys, position: int, reason: SaveReason
     ) -> None:
         pages = self._copy(
+            request,
             self._context.snapshot_bytes(request.seq),
             functools.partial(self._context.export_snapshot, request.seq),
         )
         if pages is not None:
             self._space.submit_snapshot(keys, position, pages, reason)
 
-    def _copy(self, size: int, export: Callable[[memoryview], None]) -> PooledPages | None:
-        pages = self._space.reserve(size)
+    def _copy(
+        self, request: Request, size: int, export: Callable[[memoryview], None]
+    ) -> PooledPages | None:
+        pages = self._space.reserve(size, beyond_bound=request.is_last_save)
         if pages is None:
             return None
         started = time.perf_counter_ns()
         try:
             export(pages.view)
-        except StateRejected as error:
-            log.warning("save.refused", error=str(error))
-            self._space.forgo(pages)
-            return None
-        except ErllamaError:
+        except BaseException:
             self._space.forgo(pages)
             raise
         self._space.add_pack_time(time.perf_counter_ns() - started)

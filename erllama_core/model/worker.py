@@ -12,8 +12,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Final, Literal
+from typing import Final
 
+from erllama_core import results
 from erllama_core.cache.policy import SavePolicy
 from erllama_core.cache.space import ModelSpace
 from erllama_core.errors import EngineClosed, ErllamaError, PluginFailed
@@ -56,12 +57,13 @@ class Worker:
         self._waiting: Final[deque[Request]] = deque()
         self._active: Final[list[Request]] = []
         self._free_seqs: list[int] = []
-        self._settling: Final[list[threading.Event]] = []
+        self._settling: Final[list[tuple[threading.Event, list[Request]]]] = []
         self._reserved_cells = 0
         self._turn = 0
         self._last_hit: CacheHit | None = None
         self._opened: Final = threading.Event()
         self._open_error: Exception | None = None
+        self._context_or_none: Context | None = None
         self._context: Context
         self._restorer: Restorer
         self._saver: Saver
@@ -75,7 +77,8 @@ class Worker:
     def start(self) -> Context:
         """Open the context; blocks until it is. Raises what the backend raised.
 
-        The context is returned for its properties; only the worker may call its methods.
+        The context is returned for its properties; only the worker may call its methods. From
+        here on the worker owns the model, and frees it when it is closed or failed to open.
         """
         self._thread.start()
         self._opened.wait()
@@ -106,22 +109,22 @@ class Worker:
         with self._lock:
             if not self._accepts:
                 return True
-            self._inbox.put(lambda: self._settling.append(settled))
+            self._inbox.put(lambda: self._wait_settled(settled))
         return settled.wait(timeout_s)
 
     def close(self) -> None:
-        """Answer every request with EngineClosed, free the context, end the thread.
+        """Answer every request with EngineClosed, free context and weights, end the thread.
 
         What running requests have computed is saved first. Idempotent.
         """
         with self._lock:
             self._accepts = False
         self._inbox.put(self._stop)
-        if self._thread.is_alive() and threading.current_thread() is not self._thread:
+        if threading.current_thread() is not self._thread and self._thread.ident is not None:
             self._thread.join()
 
     @property
-    def status(self) -> Literal["idle", "prefilling", "generating"]:
+    def status(self) -> results.Phase:
         """What it is doing, as seen without waiting for it."""
         phases = {request.phase for request in tuple(self._active)}
         if Phase.GENERATING in phases:
@@ -147,31 +150,40 @@ class Worker:
 
     def _run(self) -> None:
         try:
-            self._context = self._model.open_context()
+            self._open()
         except Exception as error:  # noqa: BLE001 - handed to the loading thread
             self._open_error = error
+        else:
             self._opened.set()
-            return
-        try:
-            space = self._open_space(self._context)
-            self._restorer = Restorer(self._context, space, self._post, self._restored)
-            self._saver = Saver(self._context, space, self._policy)
-            self._space = space
-            self._free_seqs = list(range(self._context.n_seq_max))
-        except Exception as error:  # noqa: BLE001 - handed to the loading thread
-            self._open_error = error
-            self._context.close()
-            self._opened.set()
-            return
-        self._opened.set()
-        try:
-            self._serve()
-        except Exception:
-            log.exception("worker.died", model=self.name)
-        finally:
+            try:
+                self._serve()
+            except Exception:
+                log.exception("worker.died", model=self.name)
             with self._lock:
                 self._accepts = False
-            self._shut_down()
+            try:
+                self._shut_down()
+            except Exception:
+                log.exception("worker.not_shut_down", model=self.name)
+        # The context first, then the weights under it, on the one thread that used them.
+        for free in (self._close_context, self._model.close):
+            try:
+                free()
+            except Exception:
+                log.exception("model.not_freed", model=self.name)
+        self._opened.set()
+
+    def _open(self) -> None:
+        context = self._context_or_none = self._model.open_context()
+        self._context = context
+        self._space = self._open_space(context)
+        self._restorer = Restorer(context, self._space, self._post, self._restored, self._cells_for)
+        self._saver = Saver(context, self._space, self._policy)
+        self._free_seqs = list(range(context.n_seq_max))
+
+    def _close_context(self) -> None:
+        if self._context_or_none is not None:
+            self._context_or_none.close()
 
     def _serve(self) -> None:
         while not self._stopping:
@@ -179,13 +191,19 @@ class Worker:
             self._end_cancelled()
             self._tick()
             self._admit()  # after whatever sets sequences free, so that nobody waits for news
-            if self._settling and all(r.phase is not Phase.CLOSING for r in self._active):
+            if self._settling:
                 self._let_settled()
 
     def _let_settled(self) -> None:
-        for settled in self._settling:
-            settled.set()
-        self._settling.clear()
+        """Tell those who wait that every request that was being closed then has ended."""
+        for settled, closing in self._settling:
+            if all(request.phase is Phase.ENDED for request in closing):
+                settled.set()
+        self._settling[:] = [item for item in self._settling if not item[0].is_set()]
+
+    def _wait_settled(self, settled: threading.Event) -> None:
+        closing = [request for request in self._active if request.phase is Phase.CLOSING]
+        self._settling.append((settled, closing))
 
     def _receive(self) -> None:
         """Take everything from the inbox; wait for something while there is nothing to do."""
@@ -207,33 +225,37 @@ class Worker:
         self._stopping = True
 
     def _shut_down(self) -> None:
-        """Answer everybody. Whoever submits from now on is told at once."""
+        """Answer everybody, then save what there is. Who submits from now on is told at once."""
         self._drain(lambda: not self._inbox.empty())
         error = EngineClosed(f"model {self.name!r} was closed before the request ended")
-        for request in [*self._active, *self._waiting]:
-            try:
-                if request.phase in {Phase.PREFILLING, Phase.GENERATING, Phase.CLOSING}:
-                    self._saver.at_end(request, None, "shutdown")
-            except Exception:
-                log.exception("save.failed", model=self.name, request=request.id)
+        requests = [*self._active, *self._waiting]
+        unfinished = {Phase.PREFILLING, Phase.GENERATING, Phase.CLOSING}
+        with_state = [request for request in self._active if request.phase in unfinished]
+        for request in requests:
             if request.phase is not Phase.CLOSING:
                 request.fail(error)
             request.phase = Phase.ENDED
-            request.sampler.close()
+        for request in with_state:
+            self._saver.at_end(request, None, "shutdown")
+        for request in requests:
+            _close_sampler(request)
         self._active.clear()
         self._waiting.clear()
         self._let_settled()
         # Reads that are under way hold pages, which their requests will no longer take.
         self._drain(lambda: self._restorer.outstanding > 0)
-        self._context.close()
 
     def _drain(self, more: Callable[[], bool]) -> None:
         while more():
             try:
-                self._inbox.get(timeout=_LAST_READS_S)()
+                message = self._inbox.get(timeout=_LAST_READS_S)
             except queue.Empty:
                 log.warning("worker.reads_abandoned", model=self.name)
                 return
+            try:
+                message()
+            except Exception:
+                log.exception("worker.message_failed", model=self.name)
 
     # -------------------------------------------------------------- admission
 
@@ -247,9 +269,17 @@ class Worker:
             self._reserved_cells += request.max_tokens
             request.seq = self._free_seqs.pop()
             request.admitted_at = time.perf_counter()
-            request.keys = self._space.keys(request.tokens, request.options.cache_salt)
             self._active.append(request)
-            self._guard(request, self._restorer.start)
+            self._guard(request, self._start)
+
+    def _cells_for(self, request: Request) -> int:
+        """The cells that no other running request has set aside."""
+        others = self._reserved_cells - request.max_tokens
+        return min(self._context.n_ctx, self._context.n_cells - others)
+
+    def _start(self, request: Request) -> None:
+        request.keys = self._space.keys(request.tokens, request.options.cache_salt)
+        self._restorer.start(request)
 
     def _restored(self, request: Request, mark: Mark | None) -> None:
         """The sequence of a request is as far as stored state brings it."""
@@ -261,26 +291,29 @@ class Worker:
             self._release(request)  # it said nothing, and what it read is stored
 
     def _release(self, request: Request) -> None:
-        """The request is over: its sequence and cells are free."""
+        """The request is over: its sequence and cells are free, if it had any."""
         request.phase = Phase.ENDED
-        self._context.drop(request.seq)
-        self._free_seqs.append(request.seq)
-        self._reserved_cells -= request.max_tokens
-        self._active.remove(request)
-        request.sampler.close()
+        if request in self._active:
+            self._active.remove(request)
+            self._free_seqs.append(request.seq)
+            self._reserved_cells -= request.max_tokens
+            self._context.drop(request.seq)
+        _close_sampler(request)
 
     def _end_cancelled(self) -> None:
         for request in [r for r in self._waiting if r.cancelled]:
             self._waiting.remove(request)
-            request.phase = Phase.ENDED
-            request.finish(request.stats("cancelled", None))
-            request.sampler.close()
+            self._guard(request, self._answer_cancelled)
         for request in [r for r in self._active if r.cancelled]:
             if request.phase is Phase.GENERATING:
                 self._guard(request, lambda r: self._answer(r, "cancelled"))
             elif request.phase in {Phase.LOADING, Phase.PREFILLING}:
-                request.finish(request.stats("cancelled", None))
-                self._release(request)
+                self._guard(request, self._answer_cancelled)
+
+    def _answer_cancelled(self, request: Request) -> None:
+        """It has said nothing: there is no reply to finish."""
+        request.finish(request.stats("cancelled", None))
+        self._release(request)
 
     # ------------------------------------------------------------------- tick
 
@@ -389,6 +422,13 @@ class Worker:
         if request.phase is not Phase.CLOSING:  # else the caller has its answer already
             request.fail(error)
         self._release(request)
+
+
+def _close_sampler(request: Request) -> None:
+    try:
+        request.sampler.close()
+    except Exception:
+        log.exception("sampler.not_freed", request=request.id)
 
 
 def _as_erllama_error(error: Exception, what: str) -> ErllamaError:

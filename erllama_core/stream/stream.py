@@ -42,10 +42,17 @@ class Stream:
         return self._note(self._events.get(timeout_s))
 
     def result(self) -> Completion:
-        """Wait for the end and give the whole reply, events taken before included."""
-        while self._stats is None:
-            self._check_open()
-            self._note(self._events.get())
+        """Wait for the end and give the whole reply, events taken before included.
+
+        Breaking off the wait, as with Ctrl-C, cancels the request.
+        """
+        try:
+            while self._stats is None:
+                self._check_open()
+                self._note(self._events.get())
+        except BaseException:
+            self.cancel()
+            raise
         return self._completion(self._stats)
 
     async def result_async(self) -> Completion:

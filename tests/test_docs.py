@@ -46,7 +46,11 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted(
     path
     for pattern in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/*.md")
-    for path in (*ROOT.glob(pattern), *ROOT.glob(f"plugins/*/{pattern}"))
+    for path in (
+        *ROOT.glob(pattern),
+        *ROOT.glob(f"plugins/*/{pattern}"),
+        *ROOT.glob(f"bench/{pattern}"),
+    )
 )
 SECTIONS = {field.name for field in attrs.fields(EngineConfig)}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -147,11 +146,3 @@ def bench(tiny: Callable[..., Path], load: Callable[..., LlamaModel]) -> Callabl
         return Bench(load(path, **context))
 
     return make
-
-
-@pytest.fixture(scope="session")
-def demo_model_path() -> Path:
-    path = os.environ.get("ERLLAMA_TEST_MODEL")
-    if path is None:
-        pytest.skip("set ERLLAMA_TEST_MODEL to the demo model's path")
-    return Path(path)

@@ -17,6 +17,7 @@ from erllama_core.results import (
     CacheHit,
     CacheKey,
     Completion,
+    Explanation,
     ModelInfo,
     Stats,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "Engine",
     "EngineConfig",
     "Evicted",
+    "Explanation",
     "Model",
     "ModelConfig",
     "ModelInfo",

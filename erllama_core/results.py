@@ -30,6 +30,28 @@ class CacheHit:
     prefix_len: int
 
 
+@attrs.frozen(kw_only=True)
+class Explanation:
+    """Why a request reused what it did, and not more."""
+
+    kind: HitKind
+    reused_tokens: int
+    stored_tokens: int
+    """How much of the prompt's state is stored without a gap, reusable or not."""
+    tiers: tuple[str, ...]
+    """Where the state came from; ``"save buffer"`` for what was still on its way."""
+    restored_bytes: int
+    restore_s: float
+    diverges_at: int | None
+    """Index of the first prompt token that is not stored; None when all of it is."""
+    prompt_text: str
+    """The prompt around that token."""
+    stored_text: str | None
+    """How the nearest stored context goes on there; None where it ends."""
+    reason: str
+    """All of it in a sentence."""
+
+
 @attrs.frozen
 class Stats:
     """How a request went. Durations are seconds; tokens are counts.
@@ -61,6 +83,8 @@ class Stats:
     """From the call until the first token was sampled; None when there was none."""
     decode_s: float
     """From the first token to the end of generation."""
+    explain: Explanation | None = None
+    """For a request with ``explain=True``."""
 
 
 @attrs.frozen

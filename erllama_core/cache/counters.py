@@ -18,6 +18,8 @@ class Counters:
     """Look-ups that found all they asked for; loads that found their object."""
     hits_longest_prefix: int = 0
     """Look-ups that found a part."""
+    hits_resume: int = 0
+    """Look-ups that went on from the context that ``parent_key`` names."""
     misses: int = 0
     saves_cold: int = 0
     """Objects handed over for writing, by the reason of the save."""

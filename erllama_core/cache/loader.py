@@ -70,6 +70,8 @@ class Fetch:
         self.failed = False
         """An object was gone or damaged; the index knows by now, so look up again."""
         self.n_bytes = 0
+        self.sources: tuple[str, ...] = ()
+        """Names of the tiers that the state came from."""
         self.mark: Mark | None = None
 
     def ranges(self) -> list[RangeImport]:
@@ -273,6 +275,8 @@ class Loader:
         if fetch.failed:
             fetch.release()
             return
+        names = ("save buffer" if p.copy is None else p.copy.tier.name for p in fetch.parts)
+        fetch.sources = tuple(dict.fromkeys(names))
         fetch.n_bytes = sum(len(part.pages.view) for part in fetch.parts if part.pages is not None)
         entry = fetch.match.mark
         if entry is not None:

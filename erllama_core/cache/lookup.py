@@ -12,7 +12,7 @@ from erllama_core.cache.index import Entry, Index, Segment
 from erllama_core.cache.keys import ContextKeys
 from erllama_core.cache.tiers import TierStore
 from erllama_core.interfaces.backend import KVClass
-from erllama_core.interfaces.block import ObjectId, ObjectKind
+from erllama_core.interfaces.block import TOKEN_BYTES, ObjectId, ObjectKind
 
 
 @attrs.frozen
@@ -53,6 +53,16 @@ class Match:
         if self.snapshot is not None:
             return Match(covered=self.covered)
         return Match(self.covered, fitting[-1].stop if fitting else 0, tuple(fitting))
+
+
+@attrs.frozen
+class Divergence:
+    """Where a prompt leaves what is stored."""
+
+    at: int
+    """Tokens of the prompt that are stored."""
+    stored_next: bytes
+    """Packed tokens with which the nearest stored context goes on; empty where it ends."""
 
 
 class Finder:
@@ -97,6 +107,20 @@ class Finder:
         length = stands_at.end
         at_end = mark if length == n else None
         return Match(covered, length, _cut(pieces, length), stands_at, at_end)
+
+    def divergence(self, keys: ContextKeys, covered: int) -> Divergence:
+        """What is stored at the place where the first ``covered`` tokens end."""
+        start = keys.segment_start(covered + 1)
+        segment = self._index.segment(keys.key(start))
+        if segment is not None:
+            tokens = keys.slice(start, start + keys.align_tokens)
+            nearest = segment.nearest_block(tokens)
+            if nearest is None and segment.blocks:
+                nearest = segment.blocks[0], 0
+            if nearest is not None and start + nearest[1] >= covered:
+                entry, shared = nearest
+                return Divergence(covered, entry.path[TOKEN_BYTES * shared :])
+        return Divergence(covered, b"")
 
     def chain(self, keys: ContextKeys, n: int, start: int = 0) -> tuple[int, list[Piece]]:
         """How far blocks cover the first ``n`` tokens, from an aligned ``start`` on; by what."""

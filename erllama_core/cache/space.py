@@ -10,7 +10,7 @@ from erllama_core.cache.cache import Cache
 from erllama_core.cache.index import Entry
 from erllama_core.cache.keys import ContextKeys, salted
 from erllama_core.cache.loader import Fetch
-from erllama_core.cache.lookup import Finder, Match
+from erllama_core.cache.lookup import Divergence, Finder, Match
 from erllama_core.cache.marks import MARK_SIZE, encode_mark
 from erllama_core.cache.pages import PooledPages
 from erllama_core.cache.writer import Draft
@@ -66,13 +66,26 @@ class ModelSpace:
         self._catalog.counters.add("lookup_ns", time.perf_counter_ns() - started)
         return match
 
-    def count(self, match: Match | None, n: int) -> None:
-        """Count what a request ended up with: ``match`` restored, of ``n`` tokens, or None."""
+    def count(self, match: Match | None, n: int, parent_key: bytes | None) -> None:
+        """Count what a request ended up with: ``match`` restored, of ``n`` tokens, or None.
+
+        ``parent_key`` is a hint, and one that is never waited for: look-up by content finds
+        that context, or a longer one, by itself.
+        """
         if match is None or not match.length:
             self._catalog.counters.add("misses")
             return
-        self._catalog.counters.add("hits_exact" if match.length == n else "hits_longest_prefix")
-        self._catalog.touch(_used(match))
+        used = _used(match)
+        if any(entry.object_id.key == parent_key for entry in used):
+            self._catalog.counters.add("hits_resume")
+        else:
+            self._catalog.counters.add("hits_exact" if match.length == n else "hits_longest_prefix")
+        self._catalog.touch(used)
+
+    def divergence(self, keys: ContextKeys, covered: int) -> Divergence:
+        """Where a prompt of which ``covered`` tokens are stored leaves what is stored."""
+        with self._catalog.lock:
+            return self._finder.divergence(keys, covered)
 
     def fetch(self, match: Match, done: Callable[[Fetch], None]) -> Fetch | None:
         """The state of a match; at once, or later through ``done`` on another thread."""

@@ -41,7 +41,7 @@ from erllama_core.model.model import Model, ModelRef, PromptLike
 from erllama_core.model.options import RequestKwargs
 from erllama_core.prompt import Prompt
 from erllama_core.providers import NoOptions
-from erllama_core.results import CacheHit, Completion, ModelInfo, Phase
+from erllama_core.results import CacheHit, Completion, Explanation, ModelInfo, Phase
 from erllama_core.stream.stream import Stream
 
 log = get_logger("erllama.engine")
@@ -234,6 +234,12 @@ class Engine:
     ) -> Stream:
         """See :meth:`Model.infer`."""
         return self._resolve(model).infer(prompt, **options)
+
+    def why(
+        self, model: ModelRef, prompt: PromptLike, *, cache_salt: str | None = None
+    ) -> Explanation:
+        """See :meth:`Model.why`."""
+        return self._resolve(model).why(prompt, cache_salt=cache_salt)
 
     def cancel(self, stream: Stream) -> None:
         """End a request at its next token; ``Done`` still comes. Idempotent."""

@@ -13,11 +13,12 @@ from erllama_core.errors import EngineClosed, InvalidPrompt, NotSupported, Promp
 from erllama_core.interfaces.backend import BackendModel, Context, Embeds, Quantisation
 from erllama_core.interfaces.stream import StreamProcessor
 from erllama_core.model.chat import render_chat
+from erllama_core.model.explain import explain
 from erllama_core.model.options import RequestKwargs, RequestOptions
 from erllama_core.model.request import Request
 from erllama_core.model.worker import Worker
 from erllama_core.prompt import Prompt, pack
-from erllama_core.results import CacheHit, Completion, ModelInfo, Phase
+from erllama_core.results import CacheHit, Completion, Explanation, HitKind, ModelInfo, Phase
 from erllama_core.stream.pipeline import Pipeline
 from erllama_core.stream.stream import Stream
 
@@ -94,6 +95,18 @@ class Model:
             raise
         worker = self._worker
         return Stream(request.id, whole, request.mailbox, lambda: worker.cancel(request))
+
+    def why(self, prompt: PromptLike, *, cache_salt: str | None = None) -> Explanation:
+        """What a greedy request with this prompt would reuse now, and why not more.
+
+        Nothing is computed, loaded or counted as a hit.
+        """
+        self._check_open()
+        whole = self._as_prompt(prompt, RequestOptions(cache_salt=cache_salt))
+        finding, kv_class = self._worker.examine(whole, cache_salt)
+        reused = finding.reusable_tokens
+        kind: HitKind = "cold" if not reused else "exact" if reused == len(whole) else "partial"
+        return explain(finding, self._backend.vocabulary, kv_class, kind=kind, reused_tokens=reused)
 
     # ----------------------------------------------------------- text and tokens
 

@@ -9,9 +9,16 @@ import attrs
 
 from erllama_core.errors import unknown_name
 from erllama_core.interfaces.backend import SamplingParams
+from erllama_core.results import CacheKey
 
-_TYPES: Final[dict[type, Any]] = {int: int, float: int | float, bool: bool, str: str}
-_WORDS: Final = {int: "an integer", float: "a number", bool: "True or False", str: "a string"}
+_TYPES: Final[dict[type, Any]] = {int: int, float: int | float, bool: bool, str: str, bytes: bytes}
+_WORDS: Final = {
+    int: "an integer",
+    float: "a number",
+    bool: "True or False",
+    str: "a string",
+    bytes: "a key, which is bytes,",
+}
 _RULES: Final[dict[str, tuple[type, bool, float, float]]] = {
     # name: type, whether None is allowed, least and greatest value
     "response_tokens": (int, True, 1, math.inf),
@@ -22,6 +29,8 @@ _RULES: Final[dict[str, tuple[type, bool, float, float]]] = {
     "repetition_penalty": (float, False, 0, math.inf),
     "seed": (int, True, 0, (1 << 32) - 1),
     "cache_salt": (str, True, 0, 0),
+    "parent_key": (bytes, True, 0, 0),
+    "explain": (bool, False, 0, 1),
     "parse_special": (bool, False, 0, 1),
     "add_bos": (bool, True, 0, 1),
 }
@@ -37,7 +46,9 @@ class RequestKwargs(TypedDict, total=False):
     min_p: float
     repetition_penalty: float
     seed: int | None
+    parent_key: CacheKey | None
     cache_salt: str | None
+    explain: bool
     parse_special: bool
     add_bos: bool | None
 
@@ -61,8 +72,12 @@ class RequestOptions:
     repetition_penalty: float = 1.0
     seed: int | None = None
     """None: 0. Equal seeds give equal draws."""
+    parent_key: CacheKey | None = None
+    """``finish_key`` of the turn before: a hint. Content decides what is reused."""
     cache_salt: str | None = None
     """Requests share stored state only with those of the same salt."""
+    explain: bool = False
+    """Have ``Stats.explain`` say what was reused, and why not more."""
     parse_special: bool = True
     """In a ``str`` prompt, the text of a control token is that token."""
     add_bos: bool | None = None
@@ -75,7 +90,7 @@ class RequestOptions:
                 continue
             if isinstance(value, bool) != (kind is bool) or not isinstance(value, _TYPES[kind]):
                 raise TypeError(f"{name}={value!r}: {_WORDS[kind]} is needed")
-            if isinstance(value, str | bool):
+            if isinstance(value, str | bytes | bool):
                 continue
             if not math.isfinite(value) or not least <= value <= most:
                 bound = f"from {least} to {most}" if most < math.inf else f"at least {least}"

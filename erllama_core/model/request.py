@@ -10,11 +10,13 @@ from erllama_core.cache.keys import ContextKeys
 from erllama_core.interfaces.backend import Sampler
 from erllama_core.interfaces.block import TOKEN_BYTES
 from erllama_core.interfaces.stream import Done, Event
+from erllama_core.model.explain import Finding
 from erllama_core.model.options import RequestOptions
 from erllama_core.prompt import Prompt
 from erllama_core.results import (
     CacheDelta,
     CacheKey,
+    Explanation,
     FinishReason,
     HitKind,
     Stats,
@@ -75,6 +77,10 @@ class Request:
         self.read = 0
         """Tokens that were restored."""
         self.restored_bytes = 0
+        self.finding: Finding | None = None
+        """What the look-up found, for a request that asks why."""
+        self.sources: tuple[str, ...] = ()
+        """Names of the tiers that its state came from."""
         self.attempts = 0
         """Fetches that failed."""
         now = time.perf_counter()
@@ -107,7 +113,12 @@ class Request:
         self.tokens += token.to_bytes(TOKEN_BYTES, "little")
         self.generated.append(token)
 
-    def stats(self, finish_reason: FinishReason, finish_key: CacheKey | None) -> Stats:
+    def stats(
+        self,
+        finish_reason: FinishReason,
+        finish_key: CacheKey | None,
+        explanation: Explanation | None = None,
+    ) -> Stats:
         """How it went, once generation has ended."""
         now = time.perf_counter()
         committed = self.length
@@ -132,6 +143,7 @@ class Request:
             prefill_s=self.prefill_s,
             first_token_s=None if first is None else first - self.submitted_at,
             decode_s=0.0 if first is None else now - first,
+            explain=explanation,
         )
 
     def finish(self, stats: Stats) -> None:

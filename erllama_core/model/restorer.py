@@ -6,12 +6,15 @@ import time
 from collections.abc import Callable
 from typing import Final
 
+import attrs
+
 from erllama_core.cache.loader import Fetch
 from erllama_core.cache.lookup import Match
 from erllama_core.cache.space import ModelSpace
 from erllama_core.errors import StateRejected
 from erllama_core.interfaces.backend import Context, Mark
 from erllama_core.interfaces.log import get_logger
+from erllama_core.model.explain import examine
 from erllama_core.model.request import Phase, Request
 
 log = get_logger("erllama.model")
@@ -32,12 +35,14 @@ class Restorer:
         self,
         context: Context,
         space: ModelSpace,
+        n_vocab: int,
         post: Callable[[Request, Callable[[Request], None]], None],
         ready: Callable[[Request, Mark | None], None],
         cells_for: Callable[[Request], int],
     ) -> None:
         self._context: Final = context
         self._space: Final = space
+        self._n_vocab: Final = n_vocab
         self._post: Final = post
         self._ready: Final = ready
         self._cells_for: Final = cells_for
@@ -66,7 +71,12 @@ class Restorer:
         self._fetch(request, match)
 
     def _fetch(self, request: Request, match: Match) -> None:
-        match = match.within(self._cells_for(request))
+        if request.options.explain and request.keys is not None:
+            request.finding = examine(self._space, request.keys, match)
+        fitting = match.within(self._cells_for(request))
+        if fitting is not match:
+            match = fitting
+            _note(request, "too few free cells to import all that is stored")
         if not match.length:
             request.saved = match.covered
             self._done(request, None, None)
@@ -92,6 +102,7 @@ class Restorer:
             return
         if fetch.failed:
             request.attempts += 1
+            _note(request, "stored state was gone, damaged, or could not be read")
             if request.attempts < _ATTEMPTS:
                 self.start(request)
             else:
@@ -108,6 +119,7 @@ class Restorer:
             # the prompt is computed.
             log.warning("restore.refused", request=request.id, error=str(error))
             self._space.refused(fetch.match)
+            _note(request, f"the backend refused the stored state: {error}")
             self._context.drop(request.seq)
             self._done(request, None, None)
             return
@@ -116,6 +128,7 @@ class Restorer:
         request.computed = request.read = match.length
         request.saved = match.covered
         request.restored_bytes = fetch.n_bytes
+        request.sources = fetch.sources
         self._done(request, match, mark)
 
     def _import(self, request: Request, fetch: Fetch) -> None:
@@ -127,7 +140,7 @@ class Restorer:
             self._context.import_snapshot(request.seq, match.length, snapshot)
 
     def _done(self, request: Request, match: Match | None, mark: Mark | None) -> None:
-        self._space.count(match, request.prompt_tokens)
+        self._space.count(match, request.prompt_tokens, request.options.parent_key)
         now = time.perf_counter()
         request.prefill_at = now
         if match is not None:
@@ -137,6 +150,13 @@ class Restorer:
 
     def _mark_would_serve(self, request: Request) -> bool:
         size = self._space.mark_size
-        if size is None:
+        if size is None or size >= self._n_vocab:
             return True
-        return Mark(bytes(4 * size), b"", 0.0, size + 1).serves(request.options.sampling())
+        of_that_size = Mark(bytes(4 * size), b"", 0.0, self._n_vocab)
+        return of_that_size.serves(request.options.sampling())
+
+
+def _note(request: Request, obstacle: str) -> None:
+    """Remember, for a request that asks why, what kept stored state from being used."""
+    if request.finding is not None:
+        request.finding = attrs.evolve(request.finding, obstacle=obstacle)

@@ -18,11 +18,13 @@ from erllama_core import results
 from erllama_core.cache.policy import SavePolicy
 from erllama_core.cache.space import ModelSpace
 from erllama_core.errors import EngineClosed, ErllamaError, PluginFailed
-from erllama_core.interfaces.backend import BackendModel, Context, Mark, Row
+from erllama_core.interfaces.backend import BackendModel, Context, KVClass, Mark, Row
 from erllama_core.interfaces.log import get_logger
+from erllama_core.model.explain import Finding, examine, explain
 from erllama_core.model.request import Phase, Request
 from erllama_core.model.restorer import Restorer
 from erllama_core.model.saver import Saver
+from erllama_core.prompt import Prompt
 from erllama_core.results import CacheHit, CacheKey, FinishReason
 
 log = get_logger("erllama.model")
@@ -141,6 +143,13 @@ class Worker:
         """Requests that wait for a sequence."""
         return len(self._waiting)
 
+    def examine(self, prompt: Prompt, salt: str | None) -> tuple[Finding, KVClass]:
+        """What is stored of a prompt now. Computes nothing, and waits for nobody."""
+        space = self._space
+        keys = space.keys(bytearray(prompt.packed), salt)
+        match = space.find(keys, may_sample=True)
+        return examine(space, keys, match), space.kv_class
+
     @property
     def last_hit(self) -> CacheHit | None:
         """What the last admitted request found."""
@@ -177,7 +186,14 @@ class Worker:
         context = self._context_or_none = self._model.open_context()
         self._context = context
         self._space = self._open_space(context)
-        self._restorer = Restorer(context, self._space, self._post, self._restored, self._cells_for)
+        self._restorer = Restorer(
+            context,
+            self._space,
+            self._model.vocabulary.n_tokens,
+            self._post,
+            self._restored,
+            self._cells_for,
+        )
         self._saver = Saver(context, self._space, self._policy)
         self._free_seqs = list(range(context.n_seq_max))
 
@@ -312,8 +328,22 @@ class Worker:
 
     def _answer_cancelled(self, request: Request) -> None:
         """It has said nothing: there is no reply to finish."""
-        request.finish(request.stats("cancelled", None))
+        request.finish(request.stats("cancelled", None, self._explanation(request)))
         self._release(request)
+
+    def _explanation(self, request: Request) -> results.Explanation | None:
+        if request.finding is None:
+            return None
+        return explain(
+            request.finding,
+            self._model.vocabulary,
+            self._space.kv_class,
+            kind=request.hit_kind,
+            reused_tokens=request.read,
+            tiers=request.sources,
+            restored_bytes=request.restored_bytes,
+            restore_s=request.restore_s,
+        )
 
     # ------------------------------------------------------------------- tick
 
@@ -393,7 +423,7 @@ class Worker:
         key = None
         if self._saver.saves(request.length) and request.keys is not None:
             key = CacheKey(request.keys.key(request.length))
-        request.finish(request.stats(reason, key))
+        request.finish(request.stats(reason, key, self._explanation(request)))
         request.phase = Phase.CLOSING
 
     def _save(self, request: Request, row: int | None) -> None:

@@ -13,7 +13,7 @@ from erllama_core.cache.index import Entry
 from erllama_core.cache.keys import ContextKeys
 from erllama_core.cache.loader import Fetch
 from erllama_core.cache.ram import RamTier
-from erllama_core.cache.space import ModelSpace
+from erllama_core.cache.space import ABSORBED_TOKENS, ModelSpace, NewBlock
 from erllama_core.interfaces.backend import KVClass, Mark
 from erllama_core.interfaces.block import ObjectKind
 from erllama_core.prompt import pack, unpack
@@ -41,9 +41,8 @@ def store(space: ModelSpace, tokens: list[int]) -> ContextKeys:
     position = 0
     if space.kv_class is not KVClass.WHOLE:
         while block := space.next_block(keys, position, len(tokens)):
-            start, end = block
-            save(space, keys, start, end)
-            position = end
+            save(space, keys, block)
+            position = block.end
     if space.kv_class is not KVClass.SPAN and not space.has_snapshot(keys, len(tokens)):
         pages = space.reserve(4 * len(tokens))
         assert pages is not None
@@ -52,11 +51,11 @@ def store(space: ModelSpace, tokens: list[int]) -> ContextKeys:
     return keys
 
 
-def save(space: ModelSpace, keys: ContextKeys, start: int, end: int) -> None:
-    pages = space.reserve(4 * (end - start))
+def save(space: ModelSpace, keys: ContextKeys, block: NewBlock) -> None:
+    pages = space.reserve(4 * (block.end - block.start))
     assert pages is not None
-    pages.view[:] = keys.slice(start, end)
-    space.submit_block(keys, start, end, pages, "cold")
+    pages.view[:] = keys.slice(block.start, block.end)
+    space.submit_block(keys, block, pages, "cold")
 
 
 def restored(space: ModelSpace, prompt: list[int], *, may_sample: bool = False) -> list[int]:
@@ -187,12 +186,15 @@ def test_eviction_takes_contexts_from_their_end(
             assert space.find(keys, may_sample=False).covered >= entry.end
 
 
-@given(CONTEXTS, st.integers(1, 9))
-def test_each_token_is_stored_once(stored: list[list[int]], align: int) -> None:
+@given(CONTEXTS, st.integers(1, 9), st.booleans())
+def test_each_token_is_stored_once(stored: list[list[int]], align: int, wait: bool) -> None:
     """Storage grows with the distinct tokens: one cell for every different prefix."""
     with open_space(KVClass.SPAN, align) as (cache, space):
         for tokens in stored:
             store(space, tokens)
+            if wait:  # only what is written already can become part of a longer block
+                assert cache.flush(10)
+        assert cache.flush(10)
         cells = sum(entry.end - entry.start for entry in cache.catalog.index)
         prefixes = {tuple(t[: n + 1]) for t in stored for n in range(len(t))}
         assert cells == len(prefixes)
@@ -249,3 +251,17 @@ def test_a_match_is_cut_to_the_cells_that_are_free(
         assert part.pieces == whole.pieces[: len(part.pieces)]
         if cells >= len(tokens):
             assert part == whole
+
+
+def test_the_short_end_of_a_turn_becomes_part_of_the_next() -> None:
+    """A conversation leaves whole blocks behind, not one for the end of every turn."""
+    with open_space(KVClass.SPAN, 256) as (cache, space):
+        context: list[int] = []
+        for turn in range(20):
+            context += [turn] * 9
+            store(space, context)
+            assert cache.flush(10)
+        blocks = sorted((e.start, e.end) for e in cache.catalog.index)
+        assert len(blocks) <= 180 // ABSORBED_TOKENS + 1
+        assert sum(end - start for start, end in blocks) == 180
+        assert restored(space, [*context, 1]) == context

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from erllama_backend_stub.faults import gate
 from erllama_core import CacheDelta, Completion, Engine, Model
 from stub_engine import KV_CLASSES, load_stub, make_engine
 
@@ -219,3 +221,23 @@ def test_a_conversation_reads_every_earlier_turn(kv_class: str) -> None:
         model = load_stub(engine, kv_class=kv_class)
         step = len("turn 0: tell me more about the town. ") + 16
         assert chat(model, engine) == [0, step, 2 * step, 3 * step]
+
+
+@pytest.mark.parametrize("kv_class", KV_CLASSES)
+def test_live_state_can_be_saved_at_any_time(kv_class: str) -> None:
+    """A save of running sequences: they go on, and what they had is found by others."""
+    held = gate(f"evict {kv_class}")
+    faults = {"hang_step": 40, "hang_gate": f"evict {kv_class}"}
+    with make_engine() as engine:
+        model = load_stub(engine, kv_class=kv_class, faults=faults)
+        stream = model.infer(PROMPT, response_tokens=60)
+        assert held.wait_reached(10)
+        saving = threading.Thread(target=model._worker.save_live)
+        saving.start()
+        held.open()
+        saving.join(30)
+        done = stream.result()
+        assert done.generated == cold(PROMPT, kv_class, response_tokens=60).generated
+        engine.flush()
+        rows = [row for row in engine.cache.dump() if row.save_reason == "evict"]
+        assert max(row.end for row in rows) >= len(PROMPT) + 38

@@ -77,6 +77,7 @@ def test_a_reply_that_ends_at_once(engine: Engine) -> None:
         assert (done.reply, done.finish_reason, done.generated) == ("", "stop", ())
         assert done.cache_hit_kind == kind
         assert done.committed_tokens == len(prompt)
+    engine.flush()
     assert model.info().available_seqs == 2
 
 
@@ -146,6 +147,7 @@ def test_cancel_ends_a_reply(engine: Engine, kv_class: str) -> None:
     engine.flush()
     again = model.complete([*done.context_tokens, 65], response_tokens=1)
     assert again.cache_delta.read == done.committed_tokens
+    engine.flush()
     assert model.info().available_seqs == 2
 
 

@@ -254,6 +254,7 @@ def test_a_processor_that_raises_ends_its_request_only() -> None:
             model.complete(prompt)
         assert isinstance(caught.value.__cause__, ZeroDivisionError)
         assert len(model.complete(prompt, response_tokens=2).generated) == 2
+        engine.flush()
         assert model.info().available_seqs == 2
 
 

@@ -374,6 +374,8 @@ class Cache:
         for store in draft.tiers:
             try:
                 self._catalog.put(store, entry, head, pages, draft.save_reason, durable=durable)
+                if draft.absorbs is not None:
+                    self._catalog.remove_unused(store, draft.absorbs)
                 stored += 1
             except CacheError:
                 continue  # counted and logged where it was raised

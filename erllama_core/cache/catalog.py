@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import attrs
@@ -48,6 +48,8 @@ class Catalog:
         self.pool: Final = pool
         self.stores: Final = {tier.name: TierStore(tier, self.counters) for tier in tiers}
         self.queues: Final = {store: EvictionQueue(store) for store in self.stores.values()}
+        self.clock: Callable[[], int] = time.time_ns
+        """When objects are used, in nanoseconds; another one replays what was recorded."""
 
     def store(self, name: str) -> TierStore:
         """The tier of that name. ValueError names the ones there are."""
@@ -112,7 +114,7 @@ class Catalog:
 
         with store.changing(object_id):
             size = store.attempt(write, "write")
-            self.add_copy(store, entry, size, time.time_ns(), save_reason)
+            self.add_copy(store, entry, size, self.clock(), save_reason)
         self.counters.add("bytes_written", size)
 
     def add_copy(
@@ -152,6 +154,15 @@ class Catalog:
             except CacheError:
                 return
 
+    def remove_unused(self, store: TierStore, entry: Entry) -> None:
+        """Remove an object from a tier unless it is being read. Raises CacheError."""
+        with self.lock:
+            copy = entry.copy_in(store)
+            if copy is None or copy.users:
+                return
+            self.forget_copy(store, entry)
+        self.delete_forgotten(store, entry.object_id)
+
     def drop_if_gone(self, entry: Entry) -> None:
         """Forget an object that is nowhere any more. Under the lock."""
         if not entry.copies and entry.pages is None:
@@ -163,7 +174,7 @@ class Catalog:
         The later ones count as used a little earlier, so that eviction takes a context from
         its end.
         """
-        now = time.time_ns()
+        now = self.clock()
         with self.lock:
             for back, entry in enumerate(entries):
                 for copy in entry.copies:

@@ -8,6 +8,10 @@ would stand, however many blocks begin alike. A block that starts inside a segme
 the block in which its start lies; while that one is missing it is an orphan, which no look-up
 sees, and it is attached again when any block with the same tokens comes.
 
+Most objects are whole blocks in a row, so what only other places need is made when they need
+it: a segment of one block is that block, and a key is kept once, by the block that ends there
+and by what follows it.
+
 One lock, held for microseconds, is in the cache that owns the index; nothing here locks.
 """
 
@@ -23,6 +27,10 @@ from erllama_core.interfaces.tier import Pages
 
 if TYPE_CHECKING:
     from erllama_core.cache.tiers import TierStore
+
+
+_MAX_NAMESPACES: Final = 1024
+"""Namespaces that are remembered; every salt makes one."""
 
 
 class Copy:
@@ -80,9 +88,9 @@ class Entry:
         tokens: bytes,
     ) -> None:
         self.object_id: Final = object_id
-        self.end: Final = end
-        self.namespace: Final = namespace
-        self.segment_key: Final = segment_key
+        self.end = end
+        self.namespace = namespace
+        self.segment_key = segment_key
         self.lead = lead
         self.tokens: Final = tokens
         self.copies: list[Copy] = []
@@ -93,7 +101,8 @@ class Entry:
         self.refusals = 0
         """How often a backend refused it."""
         self.parent: Entry | None = None
-        self.children: list[Entry] = []
+        self.children: dict[Entry, None] | None = None
+        """Blocks that start inside this one, in the order in which they came."""
 
     @property
     def start(self) -> int:
@@ -125,8 +134,8 @@ class Segment:
 
     __slots__ = ("blocks", "orphans", "snapshots")
 
-    def __init__(self) -> None:
-        self.blocks: list[Entry] = []
+    def __init__(self, *blocks: Entry) -> None:
+        self.blocks: list[Entry] = list(blocks)
         """Attached kv blocks, sorted by path."""
         self.orphans: list[Entry] = []
         self.snapshots: list[Entry] = []
@@ -170,45 +179,77 @@ class Index:
     """Every known object, by name and by place. Not thread-safe: its owner locks."""
 
     def __init__(self) -> None:
-        self._objects: dict[ObjectId, Entry] = {}
-        self._segments: dict[bytes, Segment] = {}
+        self._ending: dict[bytes, Entry | tuple[Entry, ...]] = {}
+        """By key(end): what ends there, which is mostly one object."""
+        self._segments: dict[bytes, Segment | Entry] = {}
+        """By key(start). A block stands for a segment of which it is all."""
+        self._namespaces: dict[bytes, bytes] = {}
+        """Those of late, so that their objects share them."""
+        self._count = 0
 
     def __len__(self) -> int:
-        return len(self._objects)
+        return self._count
 
     def __iter__(self) -> Iterator[Entry]:
-        return iter(self._objects.values())
+        for known in self._ending.values():
+            yield from _each(known)
 
     def get(self, object_id: ObjectId) -> Entry | None:
-        return self._objects.get(object_id)
+        for entry in _each(self._ending.get(object_id.key, ())):
+            if entry.object_id == object_id:
+                return entry
+        return None
 
     def segment(self, key: bytes) -> Segment | None:
-        return self._segments.get(key)
+        """The segment that starts at ``key``, to be read only."""
+        known = self._segments.get(key)
+        return Segment(known) if isinstance(known, Entry) else known
 
     def add(self, entry: Entry) -> Entry:
         """Add an object, or find the one of the same name that is there already."""
-        known = self._objects.get(entry.object_id)
-        if known is not None:
-            return known
-        self._objects[entry.object_id] = entry
-        if entry.object_id.kind is ObjectKind.KV and entry.segment_key:
+        key = entry.object_id.key
+        ending = _each(self._ending.get(key, ()))
+        for known in ending:
+            if known.object_id == entry.object_id:
+                return known
+        self._ending[key] = (*ending, entry) if ending else entry
+        self._count += 1
+        if not entry.segment_key:
+            return entry
+        self._share_bytes(entry)
+        if entry.object_id.kind is ObjectKind.KV:
+            if not entry.lead and entry.segment_key not in self._segments:
+                self._segments[entry.segment_key] = entry
+                return entry
             segment = self._segment(entry.segment_key)
             if self._attach(segment, entry):
                 self._adopt_orphans(segment)
             else:
                 segment.orphans.append(entry)
-        elif entry.object_id.kind is ObjectKind.SNAPSHOT and entry.segment_key:
+        elif entry.object_id.kind is ObjectKind.SNAPSHOT:
             bisect.insort(self._segment(entry.segment_key).snapshots, entry, key=_path)
         return entry
 
     def remove(self, entry: Entry) -> None:
         """Forget an object; blocks that hang on it become orphans, or find another block."""
-        if self._objects.get(entry.object_id) is not entry:
+        key = entry.object_id.key
+        ending = _each(self._ending.get(key, ()))
+        left = tuple(known for known in ending if known is not entry)
+        if len(left) == len(ending):
             return
-        del self._objects[entry.object_id]
+        self._count -= 1
+        if left:
+            self._ending[key] = left[0] if len(left) == 1 else left
+        else:
+            del self._ending[key]
         segment = self._segments.get(entry.segment_key)
         if segment is None:
             return
+        if segment is entry:
+            del self._segments[entry.segment_key]
+            return
+        if isinstance(segment, Entry):
+            return  # what is removed is a mark beside a lone block
         if entry.object_id.kind is ObjectKind.SNAPSHOT:
             _remove_sorted(segment.snapshots, entry)
         elif entry in segment.orphans:
@@ -221,22 +262,44 @@ class Index:
 
     def has_dependants(self, entry: Entry, tier: TierStore) -> bool:
         """Whether ``tier`` has blocks that are of no use without this one."""
-        if any(_is_in(child, tier) for child in entry.children):
+        if any(_is_in(child, tier) for child in entry.children or ()):
             return True
         if entry.object_id.kind is not ObjectKind.KV:
             return False
         following = self._segments.get(entry.object_id.key)
-        return following is not None and any(
-            not block.lead and _is_in(block, tier) for block in following.blocks
-        )
+        if following is None:
+            return False
+        blocks = (following,) if isinstance(following, Entry) else following.blocks
+        return any(not block.lead and _is_in(block, tier) for block in blocks)
 
     # ------------------------------------------------------------ attachment
 
     def _segment(self, key: bytes) -> Segment:
-        segment = self._segments.get(key)
-        if segment is None:
-            segment = self._segments[key] = Segment()
+        known = self._segments.get(key)
+        if isinstance(known, Segment):
+            return known
+        segment = self._segments[key] = Segment() if known is None else Segment(known)
         return segment
+
+    def _share_bytes(self, entry: Entry) -> None:
+        """Have an object and its neighbours hold equal keys, namespaces and positions once."""
+        if len(self._namespaces) > _MAX_NAMESPACES:
+            self._namespaces.clear()
+        entry.namespace = self._namespaces.setdefault(entry.namespace, entry.namespace)
+        for before in _each(self._ending.get(entry.segment_key, ()))[:1]:
+            entry.segment_key = before.object_id.key
+            if before.end == entry.start:
+                before.end = entry.start
+        if entry.object_id.kind is ObjectKind.KV:
+            key = entry.object_id.key
+            after = self._segments.get(key)
+            if isinstance(after, Entry):
+                # Removed first: assigning to a known key keeps the old bytes.
+                del self._segments[key]
+                self._segments[key] = after
+                after.segment_key = key
+                if entry.end == after.start:
+                    entry.end = after.start
 
     def _attach(self, segment: Segment, entry: Entry) -> bool:
         if entry.lead:
@@ -244,10 +307,16 @@ class Index:
             if parent is None:
                 return False
             entry.parent = parent
+            if parent.children is None:
+                parent.children = {}
+            parent.children[entry] = None
+        blocks = segment.blocks
+        at = bisect.bisect_right(blocks, entry.path, key=_path)
+        for neighbour in blocks[max(0, at - 1) : at + 1]:
             # Contexts that branch at one point share these bytes.
-            entry.lead = next((c.lead for c in parent.children if c.lead == entry.lead), entry.lead)
-            parent.children.append(entry)
-        bisect.insort(segment.blocks, entry, key=_path)
+            if neighbour.lead == entry.lead:
+                entry.lead = neighbour.lead
+        blocks.insert(at, entry)
         return True
 
     def _adopt_orphans(self, segment: Segment) -> None:
@@ -261,8 +330,10 @@ class Index:
 
     def clear(self) -> None:
         """Forget everything."""
-        self._objects.clear()
+        self._ending.clear()
         self._segments.clear()
+        self._namespaces.clear()
+        self._count = 0
 
     def _detach(self, segment: Segment, entry: Entry) -> list[Entry]:
         """Take a block and all that hang on it out of the tree; those that hung on it."""
@@ -271,13 +342,18 @@ class Index:
         while waiting:
             block = waiting.pop()
             _remove_sorted(segment.blocks, block)
-            if block.parent is not None and block is entry:
-                block.parent.children.remove(block)
+            if block is entry and block.parent is not None and block.parent.children is not None:
+                del block.parent.children[block]
             block.parent = None
-            waiting += block.children
-            loose += block.children
-            block.children = []
+            children = block.children or ()
+            waiting += children
+            loose += children
+            block.children = None
         return loose
+
+
+def _each(known: Entry | tuple[Entry, ...]) -> tuple[Entry, ...]:
+    return (known,) if isinstance(known, Entry) else known
 
 
 def _is_in(entry: Entry, tier: TierStore) -> bool:

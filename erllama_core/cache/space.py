@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Final
 
+import attrs
+
 from erllama_core.cache.cache import Cache
 from erllama_core.cache.index import Entry
 from erllama_core.cache.keys import ContextKeys, salted
@@ -16,6 +18,19 @@ from erllama_core.cache.pages import PooledPages
 from erllama_core.cache.writer import Draft
 from erllama_core.interfaces.backend import KVClass, Mark
 from erllama_core.interfaces.block import ObjectId, ObjectKind
+
+ABSORBED_TOKENS: Final = 16
+"""Longer blocks are not stored again for being extended."""
+
+
+@attrs.frozen
+class NewBlock:
+    """A block to be stored: the cells [start, end)."""
+
+    start: int
+    end: int
+    absorbs: Entry | None
+    """A block that is of no use beside the new one."""
 
 
 class ModelSpace:
@@ -110,19 +125,25 @@ class ModelSpace:
 
     # ------------------------------------------------------------------- saving
 
-    def next_block(self, keys: ContextKeys, start: int, end: int) -> tuple[int, int] | None:
+    def next_block(self, keys: ContextKeys, start: int, end: int) -> NewBlock | None:
         """The first run in [start, end) that no block covers; None when all is covered.
 
-        Everything before ``start`` must be covered.
+        Everything before ``start`` must be covered. A short block in which the run begins, and
+        which nothing else hangs on, becomes part of the new one: the ends of many turns would
+        otherwise each leave a block of a few tokens behind.
         """
         with self._catalog.lock:
             aligned = start // self.align_tokens * self.align_tokens
-            covered, _ = self._finder.chain(keys, end, aligned)
-        position = max(start, covered)
-        if position >= end:
-            return None
-        limit = (position // self.align_tokens + 1) * self.align_tokens
-        return position, min(limit, end)
+            covered, pieces = self._finder.chain(keys, end, aligned)
+            position = max(start, covered)
+            if position >= end:
+                return None
+            limit = (position // self.align_tokens + 1) * self.align_tokens
+            stop = min(limit, end)
+            last = pieces[-1].entry if pieces else None
+            if last is not None and position % self.align_tokens and _is_small_leaf(last, position):
+                return NewBlock(last.start, stop, last)
+            return NewBlock(position, stop, None)
 
     def has_snapshot(self, keys: ContextKeys, position: int) -> bool:
         return self._has(ObjectKind.SNAPSHOT, keys, position)
@@ -145,10 +166,10 @@ class ModelSpace:
         self._cache.forgo(pages)
 
     def submit_block(
-        self, keys: ContextKeys, start: int, end: int, pages: PooledPages, reason: str
+        self, keys: ContextKeys, block: NewBlock, pages: PooledPages, reason: str
     ) -> None:
-        """Store the cells [start, end), copied into ``pages``, which are handed over."""
-        self._submit(ObjectKind.KV, keys, start, end, pages, reason)
+        """Store a block whose cells were copied into ``pages``, which are handed over."""
+        self._submit(ObjectKind.KV, keys, block.start, block.end, pages, reason, block.absorbs)
 
     def submit_snapshot(
         self, keys: ContextKeys, position: int, pages: PooledPages, reason: str
@@ -186,6 +207,7 @@ class ModelSpace:
         end: int,
         pages: PooledPages,
         reason: str,
+        absorbs: Entry | None = None,
     ) -> None:
         segment_start = keys.segment_start(end)
         after = self._block_before(keys, start)
@@ -201,7 +223,7 @@ class ModelSpace:
             keys.slice(segment_start, start),
             keys.slice(start, end),
         )
-        draft = Draft(entry, pages, self._tiers, reason, self.align_tokens, after)
+        draft = Draft(entry, pages, self._tiers, reason, self.align_tokens, after, absorbs)
         self._cache.submit(draft)
 
     def _block_before(self, keys: ContextKeys, position: int) -> Entry | None:
@@ -217,3 +239,13 @@ def _used(match: Match) -> list[Entry]:
     entries = [piece.entry for piece in match.pieces]
     entries.extend(e for e in (match.snapshot, match.mark) if e is not None)
     return entries
+
+
+def _is_small_leaf(entry: Entry, end: int) -> bool:
+    """Whether a block ends at ``end``, is short, and nothing goes on from it."""
+    return (
+        entry.end == end
+        and end - entry.start <= ABSORBED_TOKENS
+        and not entry.children
+        and not entry.writing
+    )

@@ -28,6 +28,8 @@ class Draft:
     align_tokens: int
     after: Entry | None
     """The block that this one goes on from; without it, it would be of no use."""
+    absorbs: Entry | None = None
+    """A block that this one holds too; it goes when this one is stored."""
 
 
 class Writer:

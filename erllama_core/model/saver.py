@@ -97,16 +97,15 @@ class Saver:
             if block is None:
                 request.saved = end
                 return
-            start, stop = block
             pages = self._copy(
                 request,
-                self._context.range_bytes(request.seq, start, stop),
-                functools.partial(self._context.export_range, request.seq, start, stop),
+                self._context.range_bytes(request.seq, block.start, block.end),
+                functools.partial(self._context.export_range, request.seq, block.start, block.end),
             )
             if pages is None:
                 return
-            self._space.submit_block(keys, start, stop, pages, reason)
-            request.saved = stop
+            self._space.submit_block(keys, block, pages, reason)
+            request.saved = block.end
 
     def _save_end(self, request: Request, row: int | None, reason: SaveReason) -> None:
         """What is kept of the very position at which the sequence stands."""

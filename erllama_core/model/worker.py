@@ -114,6 +114,26 @@ class Worker:
             self._inbox.put(lambda: self._wait_settled(settled))
         return settled.wait(timeout_s)
 
+    def save_live(self) -> None:
+        """Save what running requests have computed, with the reason ``evict``; they go on.
+
+        Returns when it was handed to the writer. For a sequence that is about to lose its
+        cells, or memory that is about to.
+        """
+        saved = threading.Event()
+
+        def save() -> None:
+            for request in self._active:
+                if request.phase in {Phase.PREFILLING, Phase.GENERATING, Phase.CLOSING}:
+                    self._saver.at_end(request, None, "evict")
+            saved.set()
+
+        with self._lock:
+            if not self._accepts:
+                return
+            self._inbox.put(save)
+        saved.wait()
+
     def close(self) -> None:
         """Answer every request with EngineClosed, free context and weights, end the thread.
 

@@ -165,9 +165,10 @@ class ModelConfig:
     """Structured by the backend's own class."""
     context_opts: ContextOptions = attrs.field(factory=ContextOptions)
     fingerprint: Annotated[str | None, Prepare(_hexadecimal)] = None
-    """SHA-256 of the weights file, 64 hexadecimal digits. None: computed."""
-    fingerprint_mode: Literal["safe", "fast_unsafe"] = "safe"
-    """``"fast_unsafe"``: the given fingerprint is trusted, and the file is not read for it."""
+    """What ``fingerprint_mode`` computes, 64 hexadecimal digits. None: computed."""
+    fingerprint_mode: Literal["safe", "gguf_chunked", "fast_unsafe"] = "safe"
+    """``"safe"``: SHA-256 of the file. ``"gguf_chunked"``: of a GGUF file's metadata, first tensor
+    and size. ``"fast_unsafe"``: the given fingerprint is trusted, the file is not read for it."""
     quant_type: str | None = None
     """None: as the file says."""
     quant_bits: int | None = None

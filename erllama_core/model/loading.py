@@ -19,7 +19,12 @@ from erllama_core.interfaces.backend import (
     Quantisation,
 )
 from erllama_core.interfaces.stream import StreamProcessor
-from erllama_core.model.fingerprint import file_fingerprint
+from erllama_core.model.fingerprint import (
+    chunked_fingerprint,
+    combined,
+    file_fingerprint,
+    weights_files,
+)
 from erllama_core.model.model import ModelParts
 from erllama_core.model.worker import Worker
 from erllama_core.providers import BackendProvider
@@ -133,15 +138,15 @@ def _start(worker: Worker, provider: BackendProvider) -> Context:
         ) from error
 
 
-def _file_state(path: Path | None) -> tuple[int, int, int, int] | None:
-    """What changes when a file is replaced or written to."""
+def _file_state(path: Path | None) -> list[tuple[int, int, int, int]]:
+    """What changes when one of a model's files is replaced or written to."""
     if path is None:
-        return None
+        return []
     try:
-        stat = path.stat()
+        stats = [file.stat() for file in weights_files(path)]
     except OSError as error:
         raise ModelLoadError(f"cannot read the model file {path}", reason=str(error)) from error
-    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+    return [(stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats]
 
 
 def _fingerprint(config: ModelConfig, path: Path | None) -> bytes:
@@ -150,10 +155,14 @@ def _fingerprint(config: ModelConfig, path: Path | None) -> bytes:
         return given
     if path is None:
         return given or NO_FILE
-    computed = file_fingerprint(path)
+    if config.fingerprint_mode == "gguf_chunked":
+        what, of_file = "gguf_chunked fingerprint", chunked_fingerprint
+    else:
+        what, of_file = "SHA-256", file_fingerprint
+    computed = combined([of_file(file) for file in weights_files(path)])
     if given is not None and given != computed:
         raise _problem(
-            "fingerprint", f"the SHA-256 of {path} is {computed.hex()}, not {given.hex()}"
+            "fingerprint", f"the {what} of {path} is {computed.hex()}, not {given.hex()}"
         )
     return computed
 

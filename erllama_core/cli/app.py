@@ -53,6 +53,7 @@ class _Refused(click.ClickException):
 
 
 _COMMANDS: Final = {
+    "cache": "erllama_core.cli.cache:cache",
     "check": "erllama_core.cli.check:check",
     "demo": "erllama_core.cli.demo:demo",
     "plugins": "erllama_core.cli.plugins:plugins",

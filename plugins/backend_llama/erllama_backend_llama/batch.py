@@ -43,13 +43,14 @@ class Batch:
         native.logits = _pointer(self._wanted, ctypes.c_int8)
         self.native: Final = native
 
-    def fill(self, rows: Sequence[Row]) -> list[int | None]:
-        """Lay the rows out; for each, the index of its logits, None where it wants none.
+    def fill(self, rows: Sequence[Row]) -> list[int]:
+        """Lay the rows out; for each, the index of its last token, whose logits are computed.
 
-        The caller has checked sequences and positions. Raises ValueError for rows that do not
-        fit or are no packed tokens, InvalidPrompt for ids outside the vocabulary.
+        That is so for rows that do not want them, too: they show whether what was computed is
+        numbers. The caller has checked sequences and positions. Raises ValueError for rows
+        that do not fit or are no packed tokens, InvalidPrompt for ids outside the vocabulary.
         """
-        outputs: list[int | None] = []
+        outputs: list[int] = []
         offset = 0
         self._wanted[:] = 0
         for row in rows:
@@ -64,9 +65,8 @@ class Batch:
             self._tokens[offset:end] = tokens
             np.add(self._counting[:count], row.start, out=self._positions[offset:end])
             self._sequences[offset:end] = self._pointers[row.seq]
-            if row.logits:
-                self._wanted[end - 1] = 1
-            outputs.append(end - 1 if row.logits else None)
+            self._wanted[end - 1] = 1
+            outputs.append(end - 1)
             offset = end
         largest = int(self._tokens[:offset].max())
         if largest >= self._n_vocab:

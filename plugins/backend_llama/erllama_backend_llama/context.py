@@ -45,6 +45,21 @@ DECODE_STATUS: Final = {
 """What ``llama_decode`` returns, by llama.h; 0 is success, below -1 a fatal error."""
 
 
+def longest_context(model: Any, context: Any) -> int:
+    """Tokens of one sequence, at most.
+
+    A model without rotary positions may have learned ones: a table with a row for each position
+    of its training, beyond which llama.cpp aborts the process.
+    """
+    n_ctx = int(llama_cpp.llama_n_ctx(context))
+    learned = (
+        llama_cpp.llama_model_rope_type(model) == llama_cpp.LLAMA_ROPE_TYPE_NONE
+        and not llama_cpp.llama_model_is_recurrent(model)
+        and not llama_cpp.llama_model_is_hybrid(model)
+    )
+    return min(n_ctx, int(llama_cpp.llama_model_n_ctx_train(model))) if learned else n_ctx
+
+
 class LlamaContext:
     """A ``llama_context``. One thread alone calls it.
 
@@ -62,11 +77,13 @@ class LlamaContext:
         n_seq = n_seq_max + (scratch is not None)
         self._context: Any = _open(model, native_params(options, n_seq=n_seq, window=claim.window))
         try:
-            self._n_ctx = int(llama_cpp.llama_n_ctx(self._context))
+            self._n_ctx = longest_context(model, self._context)
             self._n_batch = int(llama_cpp.llama_n_batch(self._context))
             self._n_seq_max = n_seq_max
             self._lengths = [0] * n_seq_max
             self._outputs: list[int | None] = []
+            self._tainted = False
+            """Some cells hold NaN; they are zeroed when no sequence is left."""
             self._batch = Batch(n_batch=self._n_batch, n_seq=n_seq, n_vocab=n_vocab)
             self._state = SequenceState(self._context)
             self.memory_class: Final = self._prove(model, claim, scratch)
@@ -128,24 +145,40 @@ class LlamaContext:
                 self._lengths[row.seq] = _BROKEN
             words = DECODE_STATUS.get(status, "llama.cpp failed while computing the step")
             raise DecodeFailed(words, code=status)
+        self._check_numbers(rows, outputs)
         for row in rows:
             self._lengths[row.seq] = row.start + len(row.tokens) // 4
-        self._outputs = outputs
+        self._outputs = [
+            output if row.logits else None for row, output in zip(rows, outputs, strict=True)
+        ]
+
+    def _check_numbers(self, rows: Sequence[Row], outputs: Sequence[int]) -> None:
+        """Raise DecodeFailed when a row came out as no numbers.
+
+        The cells of such a row must be neither used nor saved: in one pool of cells, without
+        flash attention, a single NaN among them makes every other sequence's next step NaN,
+        and it stays there until the cells are zeroed.
+        """
+        try:
+            for output in outputs:
+                logits.check(self._logits(output))
+        except DecodeFailed:
+            for row in rows:
+                self._lengths[row.seq] = _BROKEN
+            self._tainted = True
+            raise
 
     def sample(self, row: int, sampler: Sampler) -> int:
-        """Draw from the row's logits. Raises DecodeFailed when they are not numbers."""
+        """Draw from the row's logits, which ``step`` found to be numbers."""
         if not isinstance(sampler, LlamaSampler):
             raise TypeError(f"a sampler of this backend's new_sampler, got {sampler!r}")
         output = self._output(row)
-        logits.check(self._logits(output))
         token: int = llama_cpp.llama_sampler_sample(sampler.chain, self._context, output)
         return token
 
     def mark(self, row: int, size: int | None) -> Mark:
-        """The row's largest logits. Raises DecodeFailed when they are not numbers."""
-        values = self._logits(self._output(row))
-        logits.check(values)
-        return logits.make_mark(values, size)
+        """The row's largest logits."""
+        return logits.make_mark(self._logits(self._output(row)), size)
 
     # ----------------------------------------------------------- sequences
 
@@ -153,6 +186,9 @@ class LlamaContext:
         if self._context is not None and self._is_sequence(seq):
             self._state.empty(seq)
             self._lengths[seq] = 0
+            if self._tainted and not any(self._lengths):
+                self._state.clear()
+                self._tainted = False
 
     def truncate(self, seq: int, length: int) -> bool:
         self._open_context()

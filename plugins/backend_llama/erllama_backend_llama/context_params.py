@@ -28,6 +28,7 @@ _FLASH_ATTENTION: Final = {
     True: llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED,
     False: llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED,
 }
+_MAX_THREADS: Final = 512
 _CELL_STEP: Final = 256
 """llama.cpp rounds the number of cells up to a multiple of this (``GGML_PAD`` in
 llama_context's constructor), but clamps the batch to the number before rounding.
@@ -49,7 +50,7 @@ def check_options(options: ContextOptions) -> None:
         "n_ubatch": _MAX_CELLS,
         # One more is opened for restoring state.
         "n_seq_max": llama_cpp.llama_max_parallel_sequences() - 1,
-        "n_threads": 512,
+        "n_threads": _MAX_THREADS,
     }
     for name, limit in limits.items():
         value = getattr(options, name)
@@ -93,7 +94,7 @@ def native_params(options: ContextOptions, *, n_seq: int, window: int) -> Any:
         # cells that later ones no longer need, and puts back only those that it reused: the
         # first is then computed with holes in its window, without any error (logits of a
         # tiny gemma3 were off by 0.09 where rounding explains 0.005).
-        params.n_ubatch = max(params.n_ubatch, n_seq)
+        params.n_ubatch = max(params.n_ubatch, n_seq + 1)
         params.n_batch = params.n_ubatch
     # A row has logits for its last token only. The default reserves a row of logits for each
     # token of a ubatch: 300 MB with 512 tokens and a vocabulary of 150,000.
@@ -111,5 +112,5 @@ def native_params(options: ContextOptions, *, n_seq: int, window: int) -> Any:
 def default_threads() -> int:
     """One per core that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        return min(len(os.sched_getaffinity(0)), _MAX_THREADS)
+    return min(os.cpu_count() or 1, _MAX_THREADS)

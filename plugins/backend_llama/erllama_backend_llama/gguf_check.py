@@ -31,7 +31,7 @@ def check_gguf(path: Path) -> None:
         size = path.stat().st_size
     except FileNotFoundError as error:
         raise ModelLoadError(f"{path}: no such file; set model_path to a GGUF file") from error
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise ModelLoadError(f"{path}: the model file cannot be read", reason=str(error)) from error
     if head[: len(_MAGIC)] != _MAGIC[: len(head)] or not head:
         raise ModelLoadError(

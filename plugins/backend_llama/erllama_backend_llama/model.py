@@ -154,6 +154,9 @@ def _model_params(options: LlamaOptions) -> tuple[Any, Any]:
 
 
 def _check_generates(model: Any) -> None:
+    vocab = llama_cpp.llama_model_get_vocab(model)
+    if llama_cpp.llama_vocab_type(vocab) == llama_cpp.LLAMA_VOCAB_TYPE_NONE:
+        raise ModelLoadError("the file has no vocabulary; the backend runs language models only")
     if (
         llama_cpp.llama_model_has_encoder(model)
         or not llama_cpp.llama_model_has_decoder(model)

@@ -20,6 +20,8 @@ _DEBUG: Final = 1
 _WARN: Final = 3
 _ERROR: Final = 4
 _CONTINUED: Final = 5
+LogLine = tuple[int, str]
+"""A line that was collected, and its level."""
 _LEVEL_NAMES: Final = {0: "none", 2: "info", _WARN: "warning", _ERROR: "error"}
 
 
@@ -53,16 +55,16 @@ class _NativeLog:
     def _line(self, level: int, line: str) -> None:
         if not line:
             return
-        collected: list[str] | None = getattr(self._threads, "collected", None)
+        collected: list[LogLine] | None = getattr(self._threads, "collected", None)
         if collected is not None and level in (_WARN, _ERROR):
-            collected.append(line)
+            collected.append((level, line))
         log.debug("llama.native", severity=_LEVEL_NAMES.get(level, "unknown"), line=line)
 
     @contextlib.contextmanager
-    def collect(self) -> Iterator[list[str]]:
+    def collect(self) -> Iterator[list[LogLine]]:
         """Collect the warnings and errors that this thread's native calls log."""
-        outer: list[str] | None = getattr(self._threads, "collected", None)
-        collected: list[str] = []
+        outer: list[LogLine] | None = getattr(self._threads, "collected", None)
+        collected: list[LogLine] = []
         self._threads.collected = collected
         try:
             yield collected
@@ -91,9 +93,13 @@ def start() -> None:
             _once["started"] = True
 
 
-def reason(lines: list[str]) -> str | None:
-    """What llama.cpp logged about a failure, in one line; None when it said nothing."""
-    return "; ".join(lines[-3:]) or None
+def reason(lines: list[LogLine]) -> str | None:
+    """What llama.cpp logged about a failure, in one line; None when it said nothing.
+
+    Its errors, or, when it called nothing an error, its warnings.
+    """
+    errors = [line for level, line in lines if level == _ERROR]
+    return "; ".join((errors or [line for _, line in lines])[-3:]) or None
 
 
 def version() -> str:

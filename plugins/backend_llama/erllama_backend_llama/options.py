@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from typing import Literal
 
@@ -9,11 +10,14 @@ import attrs
 from attrs import validators
 
 ALL_LAYERS = -1
+_MOST = 2**31 - 1
+"""The largest value of the int32 that takes these; ctypes would wrap a larger one."""
 
 
 def _shares(
     _options: LlamaOptions, attribute: attrs.Attribute[tuple[float, ...]], shares: tuple[float, ...]
 ) -> None:
+    shares = tuple(ctypes.c_float(share).value for share in shares)  # what llama.cpp will read
     if any(not math.isfinite(share) or share < 0.0 for share in shares):
         raise ValueError(f"{attribute.name} holds proportions, each 0 or more; got {shares}")
     if shares and not any(shares):
@@ -24,9 +28,11 @@ def _shares(
 class LlamaOptions:
     """How the weights are loaded. ValueError for values that cannot mean anything."""
 
-    n_gpu_layers: int = attrs.field(default=ALL_LAYERS, validator=validators.ge(ALL_LAYERS))
+    n_gpu_layers: int = attrs.field(
+        default=ALL_LAYERS, validator=(validators.ge(ALL_LAYERS), validators.le(_MOST))
+    )
     """Layers on the GPU; -1: all. A build without GPU support keeps them all on the CPU."""
-    main_gpu: int = attrs.field(default=0, validator=validators.ge(0))
+    main_gpu: int = attrs.field(default=0, validator=(validators.ge(0), validators.le(_MOST)))
     """The device that has the whole model when ``split_mode`` is ``"none"``."""
     split_mode: Literal["none", "layer", "row"] = attrs.field(
         default="layer", validator=validators.in_(("none", "layer", "row"))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-from collections.abc import Mapping
+import functools
+import threading
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -11,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from llama_cpp import llama_cpp
 
-from erllama_core.errors import EngineClosed, InvalidPrompt
+from erllama_backend_llama.large_stack import SMALL_TEXT_BYTES, check_runs, on_large_stack
+from erllama_core.errors import EngineClosed, InvalidPrompt, ModelLoadError
 from erllama_core.interfaces.backend import PackedTokens
 
 _TOKEN: Final = np.dtype("<u4")
@@ -29,6 +33,9 @@ class LlamaVocabulary:
     """
 
     def __init__(self, model: int) -> None:
+        self._changed: Final = threading.Condition()
+        self._users = 0
+        """Native calls under way."""
         self._vocab: int | None = llama_cpp.llama_model_get_vocab(llama_cpp.llama_model_p(model))
         vocab = self._vocab
         count = llama_cpp.llama_vocab_n_tokens(vocab)
@@ -41,6 +48,7 @@ class LlamaVocabulary:
             token for token in range(count) if is_eog(vocab, token)
         )
         self._pieces: Final = _read_pieces(vocab, count)
+        _check_bytes(vocab, self._pieces)
         get_attr = llama_cpp.llama_vocab_get_attr
         # What parse_special turns text into; the unknown token is neither text nor control.
         parsed = llama_cpp.LLAMA_TOKEN_ATTR_CONTROL | llama_cpp.LLAMA_TOKEN_ATTR_UNKNOWN
@@ -109,35 +117,35 @@ class LlamaVocabulary:
 
     def close(self) -> None:
         """Forget the native vocabulary, which goes with its model; tokenising then raises
-        EngineClosed.
+        EngineClosed. Waits for calls that are under way.
         """
-        self._vocab = None
+        with self._changed:
+            self._vocab = None
+            self._changed.wait_for(lambda: self._users == 0)
+
+    @contextlib.contextmanager
+    def _in_use(self) -> Iterator[int]:
+        """The native vocabulary, which is not freed meanwhile."""
+        with self._changed:
+            vocab = self._vocab
+            if vocab is None:
+                raise EngineClosed("the model was unloaded; load it again to tokenise")
+            self._users += 1
+        try:
+            yield vocab
+        finally:
+            with self._changed:
+                self._users -= 1
+                self._changed.notify_all()
 
     def _native_tokens(self, data: bytes, *, parse_special: bool) -> npt.NDArray[np.int32]:
-        vocab = self._vocab
-        if vocab is None:
-            raise EngineClosed("the model was unloaded; load it again to tokenise")
-        if len(data) > _MAX_TEXT_BYTES:
-            raise InvalidPrompt(f"the text has {len(data)} bytes; {_MAX_TEXT_BYTES} at most")
-        # One token per byte is the most that vocabularies make of a text, and SPM adds a space.
-        room = len(data) + 8
-        for _ in range(2):
-            tokens = np.empty(room, dtype=np.int32)
-            written: int = llama_cpp.llama_tokenize(
-                vocab,
-                data,
-                len(data),
-                tokens.ctypes.data_as(llama_cpp.llama_token_p),
-                room,
-                False,
-                parse_special,
+        with self._in_use() as vocab:
+            if len(data) <= SMALL_TEXT_BYTES:
+                return _tokens_of(vocab, data, parse_special=parse_special)
+            check_runs(data)
+            return on_large_stack(
+                functools.partial(_tokens_of, vocab, data, parse_special=parse_special)
             )
-            if written >= 0:
-                return tokens[:written]
-            room = -written
-            if room > _MAX_TEXT_BYTES:
-                break
-        raise InvalidPrompt("the text has more tokens than llama.cpp can count; shorten it")
 
     def _join(self, ids: npt.NDArray[Any]) -> bytes:
         lengths = self._lengths[ids]
@@ -148,6 +156,45 @@ class LlamaVocabulary:
         # there, less the piece's start in the result, plus the byte's own number.
         shift = np.repeat(self._starts[ids] - (ends - lengths), lengths)
         return self._text[shift + np.arange(int(ends[-1]))].tobytes()
+
+
+def _tokens_of(vocab: int, data: bytes, *, parse_special: bool) -> npt.NDArray[np.int32]:
+    if len(data) > _MAX_TEXT_BYTES:
+        raise InvalidPrompt(f"the text has {len(data)} bytes; {_MAX_TEXT_BYTES} at most")
+    # One token per byte is the most that vocabularies make of a text, and SPM adds a space.
+    room = len(data) + 8
+    for _ in range(2):
+        tokens = np.empty(room, dtype=np.int32)
+        written: int = llama_cpp.llama_tokenize(
+            vocab,
+            data,
+            len(data),
+            tokens.ctypes.data_as(llama_cpp.llama_token_p),
+            room,
+            False,
+            parse_special,
+        )
+        if written >= 0:
+            return tokens[:written]
+        room = -written
+        if room > _MAX_TEXT_BYTES:
+            break
+    raise InvalidPrompt("the text has more tokens than llama.cpp can count; shorten it")
+
+
+def _check_bytes(vocab: Any, pieces: list[bytes]) -> None:
+    """An SPM vocabulary spells what it does not know in bytes; without one of them llama.cpp
+    throws through its C interface, which ends the process.
+    """
+    if llama_cpp.llama_vocab_type(vocab) != llama_cpp.LLAMA_VOCAB_TYPE_SPM:
+        return
+    known = set(pieces)
+    missing = [byte for byte in range(256) if bytes((byte,)) not in known]
+    if missing:
+        raise ModelLoadError(
+            f"the vocabulary (SPM) lacks tokens for {len(missing)} of the 256 bytes, "
+            f"0x{missing[0]:02x} for one; the file was converted incompletely"
+        )
 
 
 def _read_pieces(vocab: Any, count: int) -> list[bytes]:

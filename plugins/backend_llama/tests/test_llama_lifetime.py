@@ -98,9 +98,10 @@ def test_native_lines_are_collected_per_thread() -> None:
         receive(3, b"second\nthird\n", None)
         receive(1, b"debug\n", None)
     receive(4, b"after\n", None)
-    assert lines == ["first half", "second", "third"]
-    assert inner == ["inner"]
-    assert native.reason(lines) == "first half; second; third"
+    assert lines == [(4, "first half"), (3, "second"), (3, "third")]
+    assert inner == [(3, "inner")]
+    assert native.reason(lines) == "first half", "a warning before a failure is not its reason"
+    assert native.reason(lines[1:]) == "second; third"
     assert native.reason([]) is None
 
 

@@ -11,7 +11,7 @@ from llama_cpp import llama_cpp
 
 from erllama_backend_llama.context import DECODE_STATUS
 from erllama_core.errors import DecodeFailed, EngineClosed, InvalidPrompt
-from erllama_core.interfaces.backend import Row, SamplingParams
+from erllama_core.interfaces.backend import Row
 
 Bench = Callable[..., Any]
 TOKENS = [(11 * index + 3) % 256 for index in range(300)]
@@ -105,21 +105,30 @@ def test_every_status_is_told_in_words(
     assert DECODE_STATUS.get(status, "llama.cpp failed") in str(error.value)
 
 
-def test_logits_that_are_not_numbers_are_refused(bench: Bench) -> None:
-    """A state of NaN is found out when a token is drawn from it or a mark taken."""
-    b = bench("llama", n_seq_max=1)
-    b.feed(0, TOKENS[:32])
+@pytest.mark.parametrize("wanted", [True, False])
+def test_what_is_not_numbers_is_refused_and_heals(bench: Bench, wanted: bool) -> None:
+    """A step over a state of NaN fails, also one that wants no logits; once dropped it is gone.
+
+    With one pool of cells and no flash attention a NaN that stayed would spoil every sequence.
+    """
+    b = bench("llama", n_seq_max=2)
+    prompt = Row(0, 0, b.pack(TOKENS[:32]), logits=True)
+    b.context.step([prompt])
+    expected = b.context.mark(0, None)
     data = bytearray(b.export(0, 0, 32))
     data[-4096:] = b"\xff" * 4096
     b.drop(0)
     b.restore(0, [(0, 32, bytes(data))])
-    b.context.step([Row(0, 32, b.pack([1]), logits=True)])
-    sampler = b.model.new_sampler(SamplingParams(), b"")
-    with pytest.raises(DecodeFailed, match="not numbers"):
-        b.context.sample(0, sampler)
-    with pytest.raises(DecodeFailed, match="not numbers"):
-        b.context.mark(0, 10)
-    sampler.close()
+    with pytest.raises(DecodeFailed, match="not numbers") as caught:
+        b.context.step([Row(0, 32, b.pack([1]), logits=wanted)])
+    assert caught.value.code == 0
+    with pytest.raises(ValueError, match="drop"):
+        b.context.step([Row(0, 33, b.pack([1]), logits=True)])
+    b.drop(0)
+    b.feed(1, TOKENS[:32])
+    b.drop(1)
+    b.context.step([prompt])
+    assert b.context.mark(0, None) == expected
 
 
 def test_sequences_are_dropped_without_an_error(bench: Bench) -> None:

@@ -4,6 +4,7 @@
 #   make test    what must pass before a change is accepted
 #   make fast    the same without a model
 #   make long    what takes minutes: random crashes and property runs
+#   make bench-cache    the cache's figures beside their targets; TRACE=file replays another trace
 #
 # Each sets .venv up first; make PYTHON=python3.12 chooses the interpreter it is made with.
 
@@ -14,10 +15,10 @@ PLUGINS := $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml))
 empty :=
 space := $(empty) $(empty)
 # Where mypy finds the plugins' packages, and the modules that tests share.
-export MYPYPATH := $(subst $(space),:,$(strip $(PLUGINS) tests))
+export MYPYPATH := $(subst $(space),:,$(strip $(PLUGINS) tests bench))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test fast long lint types clean
+.PHONY: help setup demo test fast long bench-cache lint types clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -39,6 +40,9 @@ fast: lint types
 
 long: setup
 	$(BIN)/pytest -m "crash or fuzz"
+
+bench-cache: setup
+	$(BIN)/python bench/cache.py $(if $(TRACE),--trace $(TRACE))
 
 lint: setup
 	$(BIN)/ruff check .

@@ -10,11 +10,11 @@ from typing import Final
 from erllama_core.cache.index import Copy, Entry
 from erllama_core.cache.tiers import TierStore
 
-HIT_WEIGHT_S: Final = 120.0
+HIT_WEIGHT_S: Final = 60.0
 """Seconds of recency that a doubling of an object's hits is worth.
 
-60 to 300 does best on the public serving trace of Kimi (Mooncake, FAST '25); much more does
-worse than plain LRU.
+On the public serving trace of Kimi (Mooncake, FAST '25) 60 to 300 does best in small tiers.
+60 is never worse than plain LRU; from 90 on it is at 100,000 blocks, by less than 0.0001.
 """
 
 _SLACK: Final = 1000

@@ -18,18 +18,18 @@ from erllama_core import results
 from erllama_core.cache.policy import SavePolicy
 from erllama_core.cache.space import ModelSpace
 from erllama_core.errors import EngineClosed, ErllamaError, PluginFailed
-from erllama_core.interfaces.backend import BackendModel, Context, KVClass, Mark, Row
+from erllama_core.interfaces.backend import BackendModel, Context, KVClass, Mark
 from erllama_core.interfaces.log import get_logger
 from erllama_core.model.explain import Finding, examine, explain
 from erllama_core.model.request import Phase, Request
 from erllama_core.model.restorer import Restorer
 from erllama_core.model.saver import Saver
+from erllama_core.model.tick import TickComposer
 from erllama_core.prompt import Prompt
 from erllama_core.results import CacheHit, CacheKey, FinishReason
 
 log = get_logger("erllama.model")
 
-_MIN_CHUNK: Final = 64
 _LAST_READS_S: Final = 10.0
 """How long closing waits for a tier that does not answer."""
 
@@ -61,7 +61,6 @@ class Worker:
         self._free_seqs: list[int] = []
         self._settling: Final[list[tuple[threading.Event, list[Request]]]] = []
         self._reserved_cells = 0
-        self._turn = 0
         self._last_hit: CacheHit | None = None
         self._opened: Final = threading.Event()
         self._open_error: Exception | None = None
@@ -69,6 +68,7 @@ class Worker:
         self._context: Context
         self._restorer: Restorer
         self._saver: Saver
+        self._composer: TickComposer
         self._space: ModelSpace
         self._thread: Final = threading.Thread(
             target=self._run, name=f"erllama-worker-{name}", daemon=True
@@ -215,6 +215,7 @@ class Worker:
             self._cells_for,
         )
         self._saver = Saver(context, self._space, self._policy)
+        self._composer = TickComposer(context.n_batch, self._policy.prefill_chunk_size)
         self._free_seqs = list(range(context.n_seq_max))
 
     def _close_context(self) -> None:
@@ -369,7 +370,7 @@ class Worker:
 
     def _tick(self) -> None:
         """One batch: a token of every running reply, then parts of prompts in fair turns."""
-        batch, rows = self._compose()
+        batch, rows = self._composer.compose(self._active)
         if not rows:
             return
         try:
@@ -390,33 +391,6 @@ class Worker:
         for request, last in ends:
             if request.phase is not Phase.ENDED:
                 self._guard(request, functools.partial(self._save, row=last))
-
-    def _compose(self) -> tuple[list[Request], list[Row]]:
-        batch: list[Request] = []
-        rows: list[Row] = []
-        room = self._context.n_batch
-        for request in self._active:
-            if request.phase in {Phase.GENERATING, Phase.CLOSING} and room:
-                start = request.computed
-                batch.append(request)
-                rows.append(Row(request.seq, start, bytes(request.tokens[4 * start :]), True))
-                room -= 1
-        prefilling = [r for r in self._active if r.phase is Phase.PREFILLING]
-        if prefilling and room:
-            self._turn = (self._turn + 1) % len(prefilling)
-            for request in prefilling[self._turn :] + prefilling[: self._turn]:
-                start = request.computed
-                stop = min(request.prompt_tokens, start + min(self._chunk(), room))
-                if stop == start:
-                    break
-                tokens = bytes(request.tokens[4 * start : 4 * stop])
-                batch.append(request)
-                rows.append(Row(request.seq, start, tokens, stop == request.prompt_tokens))
-                room -= stop - start
-        return batch, rows
-
-    def _chunk(self) -> int:
-        return self._policy.prefill_chunk_size or max(_MIN_CHUNK, self._context.n_batch // 4)
 
     def _sample(self, request: Request, row: int) -> None:
         self._take(request, self._context.sample(row, request.sampler))

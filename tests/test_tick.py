@@ -1,0 +1,79 @@
+"""Batches: running replies first, prompts in fair turns, and never more than fits."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from erllama_core import Prompt
+from erllama_core.model.options import RequestOptions
+from erllama_core.model.request import Phase, Request
+from erllama_core.model.tick import TickComposer
+
+
+class Nothing:
+    """Stands where a sampler and a pipeline are, which composing does not look at."""
+
+
+def request(number: int, prompt: int, computed: int, *, generating: bool) -> Request:
+    made = Request(
+        number,
+        Prompt(range(prompt)),
+        RequestOptions(),
+        max_generated=10,
+        sampler=Nothing(),  # type: ignore[arg-type]
+        pipeline=Nothing(),  # type: ignore[arg-type]
+    )
+    made.seq = number
+    made.phase = Phase.GENERATING if generating else Phase.PREFILLING
+    made.computed = computed
+    if generating:
+        made.computed = prompt
+        made.append(7)
+    return made
+
+
+SHAPES = st.lists(st.tuples(st.integers(1, 300), st.booleans()), min_size=1, max_size=6)
+
+
+@given(SHAPES, st.integers(8, 200), st.none() | st.integers(1, 100))
+def test_every_prompt_is_computed_in_order_and_in_bounds(
+    shapes: list[tuple[int, bool]], batch_tokens: int, chunk: int | None
+) -> None:
+    """Rows fit the batch, go on where the last one stopped, and ask for logits at the end."""
+    active = [request(n, p, 0, generating=g) for n, (p, g) in enumerate(shapes)]
+    composer = TickComposer(batch_tokens, chunk)
+    limit = chunk or max(64, batch_tokens // 4)
+    waiting = sum(p for p, g in shapes if not g)
+    for _ in range(waiting + 1):
+        batch, rows = composer.compose(active)
+        assert [r.seq for r in rows] == [b.seq for b in batch]
+        assert len(set(map(id, batch))) == len(batch)
+        assert sum(len(row.tokens) // 4 for row in rows) <= batch_tokens
+        running = [r for r in active if r.phase is Phase.GENERATING]
+        assert batch[: len(running)] == running, "replies first"
+        for one, row in zip(batch, rows, strict=True):
+            count = len(row.tokens) // 4
+            assert row.start == one.computed
+            assert row.tokens == bytes(one.tokens[4 * row.start : 4 * (row.start + count)])
+            assert row.logits == (row.start + count >= one.prompt_tokens)
+            if one.phase is Phase.PREFILLING:
+                assert count <= limit
+                one.computed += count
+                if one.computed == one.prompt_tokens:
+                    one.phase = Phase.ENDED
+        if not any(r.phase is Phase.PREFILLING for r in active):
+            return
+    raise AssertionError("a prompt was never finished")
+
+
+def test_prompts_take_turns() -> None:
+    """When a batch holds one part only, each prompt gets its turn before any gets a second."""
+    active = [request(n, 100, 0, generating=False) for n in range(3)]
+    composer = TickComposer(10, 10)
+    order = []
+    for _ in range(6):
+        batch, rows = composer.compose(active)
+        order += [one.seq for one in batch]
+        batch[0].computed += len(rows[0].tokens) // 4
+    assert sorted(order[:3]) == sorted(order[3:]) == [0, 1, 2]

@@ -17,9 +17,7 @@
     │   ├── InvalidPrompt (ValueError)    no tokens, or ids outside the vocabulary
     │   ├── PromptTooLong (ValueError)    the prompt does not fit the context
     │   ├── TemplateError (ValueError)    the chat template refused the messages
-    │   ├── SeqCapacity                   no free sequence, and on_full="error"
-    │   ├── NotSupported                  this backend cannot do it
-    │   └── TimeoutExceeded (TimeoutError) the request's own time limit
+    │   └── NotSupported                  this backend cannot do it
     ├── EngineError
     │   ├── DecodeFailed                  the native decode failed
     │   ├── StateRejected                 the native side refused a state
@@ -38,12 +36,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
 import attrs
-
-if TYPE_CHECKING:
-    from erllama_core.results import Completion
 
 
 class ErllamaError(Exception):
@@ -166,21 +160,8 @@ class TemplateError(RequestError, ValueError):
     """The chat template is missing, broken, or refused the messages."""
 
 
-class SeqCapacity(RequestError):
-    """Every sequence is busy and the request said ``on_full="error"``."""
-
-
 class NotSupported(RequestError):
     """The model's backend does not have this ability."""
-
-
-class TimeoutExceeded(RequestError, TimeoutError):
-    """``timeout_s`` ran out; ``partial`` is what was done until then."""
-
-    def __init__(self, timeout_s: float, partial: Completion | None = None) -> None:
-        self.timeout_s = timeout_s
-        self.partial = partial
-        super().__init__(f"the request did not finish within timeout_s={timeout_s:g}")
 
 
 # ---------------------------------------------------------------------- engine

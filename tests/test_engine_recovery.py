@@ -447,3 +447,21 @@ def test_usage_that_raises_is_trouble_like_any_other() -> None:
         first = model.complete(PROMPT, response_tokens=2)
         assert engine.flush(10)
         assert model.complete(PROMPT, response_tokens=2).generated == first.generated
+
+
+def test_a_backend_that_raises_while_restoring_computes_instead(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Any exception of an import costs time and no more: the prompt is computed."""
+
+    def careless(*_: Any) -> None:
+        raise ValueError("careless")
+
+    with capture_logs(), make_engine() as engine:
+        model = load_stub(engine)
+        first = model.complete(PROMPT, response_tokens=4)
+        with monkeypatch.context() as patch:
+            patch.setattr(StubContext, "import_ranges", careless)
+            again = model.complete(PROMPT, response_tokens=4)
+        assert (again.generated, again.cache_hit_kind) == (first.generated, "cold")
+        assert engine.cache.counters().state_rejected == 1

@@ -113,11 +113,6 @@ class Entry:
         """Tokens from the segment's start to the end of this object."""
         return self.lead + self.tokens if self.lead else self.tokens
 
-    @property
-    def path_start(self) -> int:
-        """Position of the segment's start."""
-        return self.start - len(self.lead) // TOKEN_BYTES
-
     def copy_in(self, tier: TierStore) -> Copy | None:
         for copy in self.copies:
             if copy.tier is tier:

@@ -11,7 +11,6 @@ import attrs
 from erllama_core.cache.loader import Fetch
 from erllama_core.cache.lookup import Match
 from erllama_core.cache.space import ModelSpace
-from erllama_core.errors import StateRejected
 from erllama_core.interfaces.backend import Context, Mark
 from erllama_core.interfaces.log import get_logger
 from erllama_core.model.explain import examine
@@ -114,9 +113,9 @@ class Restorer:
                 self.start(request, use_mark=False)
                 return
             self._import(request, fetch)
-        except StateRejected as error:
+        except Exception as error:  # noqa: BLE001 - StateRejected, or a backend's own mistake
             # The sequence may hold a part. What was refused once will be refused again, so
-            # the prompt is computed.
+            # the prompt is computed: cache trouble never fails a request.
             log.warning("restore.refused", request=request.id, error=str(error))
             self._space.refused(fetch.match)
             _note(request, f"the backend refused the stored state: {error}")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from erllama_core.cache.anchors import Rendering
 from erllama_core.cache.cache import Cache
 from erllama_core.cache.keys import digest_fields
 from erllama_core.cache.policy import SavePolicy
@@ -17,6 +18,7 @@ from erllama_core.interfaces.backend import (
     BackendRequest,
     Context,
     Quantisation,
+    Vocabulary,
 )
 from erllama_core.interfaces.stream import StreamProcessor
 from erllama_core.model.fingerprint import (
@@ -59,6 +61,7 @@ def open_model(
         if _file_state(path) != before:
             raise ModelLoadError(f"the model file {path} was changed while it was loaded")
         quantisation = _quantisation(config, backend)
+        rendering = _rendering(backend.vocabulary)
     except BaseException:
         backend.close()
         raise
@@ -86,6 +89,7 @@ def open_model(
             kv_class=context.kv_class,
             tiers=tiers,
             align_tokens=longest,
+            rendering=rendering,
         )
 
     worker = Worker(model_id, backend, open_space, policy)
@@ -174,6 +178,11 @@ def _quantisation(config: ModelConfig, backend: BackendModel) -> Quantisation:
     if config.quant_bits is not None and config.quant_bits != found.bits:
         raise _problem("quant_bits", f"the weights have {found.bits} bits, not {config.quant_bits}")
     return found
+
+
+def _rendering(vocabulary: Vocabulary) -> Rendering:
+    pieces = map(vocabulary.piece, range(vocabulary.n_tokens))
+    return Rendering.of(pieces, vocabulary.control_tokens)
 
 
 def _context_size(config: ModelConfig, context: Context) -> int:

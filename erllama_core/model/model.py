@@ -77,14 +77,13 @@ class Model:
         self._check_open()
         chosen = RequestOptions.of(options)
         whole = self._as_prompt(prompt, chosen)
-        room = self._parts.context_size - len(whole)
-        if room < 1:
+        if len(whole) >= self._parts.context_size:
             raise PromptTooLong(len(whole), self._parts.context_size)
         request = Request(
             next(_request_ids),
             whole,
             chosen,
-            max_generated=min(chosen.response_tokens or room, room),
+            context_size=self._parts.context_size,
             sampler=self._backend.new_sampler(chosen.sampling(), whole.packed),
             pipeline=Pipeline(self._backend.vocabulary, self._parts.processors()),
         )
@@ -94,7 +93,12 @@ class Model:
             request.sampler.close()
             raise
         worker = self._worker
-        return Stream(request.id, whole, request.mailbox, lambda: worker.cancel(request))
+        return Stream(
+            request.id,
+            request.mailbox,
+            cancel=lambda: worker.cancel(request),
+            context_tokens=lambda: request.context_tokens,
+        )
 
     def why(self, prompt: PromptLike, *, cache_salt: str | None = None) -> Explanation:
         """What a greedy request with this prompt would reuse now, and why not more.

@@ -19,6 +19,7 @@ from erllama_core.cache.policy import SavePolicy
 from erllama_core.cache.space import ModelSpace
 from erllama_core.errors import EngineClosed, ErllamaError, PluginFailed
 from erllama_core.interfaces.backend import BackendModel, Context, KVClass, Mark
+from erllama_core.interfaces.block import TOKEN_BYTES
 from erllama_core.interfaces.log import get_logger
 from erllama_core.model.explain import Finding, examine, explain
 from erllama_core.model.request import Phase, Request
@@ -90,7 +91,13 @@ class Worker:
         return self._context
 
     def submit(self, request: Request) -> None:
-        """Queue a request. Raises EngineClosed."""
+        """Queue a request. Raises EngineClosed.
+
+        Reading the prompt's text takes a while for a long one, so the caller's thread does it.
+        """
+        request.keys = self._space.keys(request.tokens, request.options.cache_salt)
+        if request.keys.text is not None:
+            request.keys.text.catch_up()
         with self._lock:
             if not self._accepts:
                 raise EngineClosed(f"model {self.name!r} is closed")
@@ -168,7 +175,11 @@ class Worker:
         space = self._space
         keys = space.keys(bytearray(prompt.packed), salt)
         match = space.find(keys, may_sample=True)
-        return examine(space, keys, match), space.kv_class
+        other = space.respell(keys, match) if prompt.text is not None else None
+        if other is not None:
+            keys = space.keys(bytearray(other), salt)
+            match = space.find(keys, may_sample=True)
+        return examine(space, keys, match, respelt=other is not None), space.kv_class
 
     @property
     def last_hit(self) -> CacheHit | None:
@@ -213,6 +224,7 @@ class Worker:
             self._post,
             self._restored,
             self._cells_for,
+            self._respell,
         )
         self._saver = Saver(context, self._space, self._policy)
         self._composer = TickComposer(context.n_batch, self._policy.prefill_chunk_size)
@@ -315,8 +327,21 @@ class Worker:
         return min(self._context.n_ctx, self._context.n_cells - others)
 
     def _start(self, request: Request) -> None:
-        request.keys = self._space.keys(request.tokens, request.options.cache_salt)
         self._restorer.start(request)
+
+    def _respell(self, request: Request, tokens: bytes) -> bool:
+        """Have a request go on with other tokens of its text, if it has room for them."""
+        needed = request.max_tokens_after(len(tokens) // TOKEN_BYTES)
+        if needed is None or needed > self._cells_for(request):
+            return False
+        sampling = request.options.sampling()
+        sampler = None
+        if sampling.repetition_penalty != 1.0:  # else it has no use for the prompt's tokens
+            sampler = self._model.new_sampler(sampling, tokens)
+        self._reserved_cells += needed - request.max_tokens
+        keys = self._space.keys(request.tokens, request.options.cache_salt)
+        request.respell(tokens, keys, sampler)
+        return True
 
     def _restored(self, request: Request, mark: Mark | None) -> None:
         """The sequence of a request is as far as stored state brings it."""

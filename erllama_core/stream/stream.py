@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Final, Self
 
 from erllama_core.interfaces.stream import Done, Event, TextDelta
-from erllama_core.prompt import Prompt
 from erllama_core.results import Completion, Stats
 from erllama_core.stream.mailbox import Mailbox
 
@@ -21,14 +20,16 @@ class Stream:
     def __init__(
         self,
         request_id: int,
-        prompt: Prompt,
         events: Mailbox[Event | Exception],
+        *,
         cancel: Callable[[], None],
+        context_tokens: Callable[[], tuple[int, ...]],
     ) -> None:
         self.request_id: Final = request_id
-        self._prompt: Final = prompt
         self._events: Final = events
         self._cancel: Final = cancel
+        self._context_tokens: Final = context_tokens
+        """Asked once the request has ended."""
         self._reply: list[bytes] = []
         self._stats: Stats | None = None
         self._error: Exception | None = None
@@ -127,7 +128,7 @@ class Stream:
         return Completion(
             reply=b"".join(self._reply).decode("utf-8", errors="replace"),
             generated=stats.generated,
-            context_tokens=(*self._prompt, *stats.generated),
+            context_tokens=self._context_tokens(),
             committed_tokens=stats.committed_tokens,
             finish_key=stats.finish_key,
             cache_hit_kind=stats.cache_hit_kind,

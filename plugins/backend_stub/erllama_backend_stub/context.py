@@ -19,7 +19,7 @@ from erllama_backend_stub.sampler import StubSampler
 from erllama_backend_stub.script import Script
 from erllama_backend_stub.sequence import STATE_BYTES, Sequence
 from erllama_backend_stub.status import Status
-from erllama_backend_stub.vocabulary import N_TOKENS
+from erllama_backend_stub.vocabulary import size_of_vocabulary
 from erllama_core.errors import DecodeFailed, StateRejected
 from erllama_core.interfaces.backend import (
     ContextOptions,
@@ -122,8 +122,9 @@ class StubContext:
         if not row.tokens or len(row.tokens) % 4:
             _fail(Status.INVALID_BATCH, f"a row of {len(row.tokens)} bytes of u32 tokens")
         tokens = struct.unpack(f"<{len(row.tokens) // 4}I", row.tokens)
-        if (top := max(tokens)) >= N_TOKENS:
-            _fail(Status.INVALID_BATCH, f"token {top} is outside the vocabulary of {N_TOKENS}")
+        n_tokens = size_of_vocabulary(digraphs=self._options.digraphs)
+        if (top := max(tokens)) >= n_tokens:
+            _fail(Status.INVALID_BATCH, f"token {top} is outside the vocabulary of {n_tokens}")
         return tokens
 
     def _check_batch(self, rows: Items[Row], tokens: Items[tuple[int, ...]]) -> None:

@@ -66,7 +66,7 @@ class StubModel:
         self._script = script
         self._faults = FaultPlan(options.faults)
         self._key = _digest("cells", options.weights, context.type_k, context.type_v)
-        self.vocabulary: Final = StubVocabulary(add_bos=options.add_bos)
+        self.vocabulary: Final = StubVocabulary(options.add_bos, options.digraphs)
 
     @property
     def gate(self) -> HangGate:
@@ -122,7 +122,7 @@ class StubModel:
 
         Raises InvalidPrompt for no tokens, or for ids outside the vocabulary.
         """
-        if not tape_from_tokens(tokens):
+        if not tape_from_tokens(tokens, self.vocabulary.n_tokens):
             raise InvalidPrompt("there is nothing to embed: no tokens")
         seed = _digest("embedding", self._options.weights) + bytes(tokens)
         numbers = hashlib.shake_256(seed).digest(2 * EMBEDDING_FLOATS)

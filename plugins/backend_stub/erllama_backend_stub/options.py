@@ -73,6 +73,9 @@ class StubOptions:
     """The longest range that is exported and imported, as with a sliding window; None: any."""
     add_bos: bool = False
     """Whether the vocabulary asks for ``<|bos|>`` at the start of a text."""
+    digraphs: bool = False
+    """Whether pairs of letters such as "th" are one token where a text is tokenised; replies are
+    said letter by letter all the same, as a model may say in other tokens what is read as few."""
     eog_rate: float = attrs.field(default=0.0, validator=_rate)
     """How probably a reply ends after each token; 0.0: never by itself."""
     script: tuple[str, ...] = attrs.field(default=(), validator=_replies)

@@ -168,8 +168,11 @@ class Sampler(Protocol):
     Made on any thread, used by the worker alone.
     """
 
-    def sample_mark(self, mark: Mark) -> int:
-        """Draw the next token from stored logits and take note of it."""
+    def sample_mark(self, mark: Mark, *, greedy: bool = False) -> int:
+        """Draw the next token from stored logits and take note of it.
+
+        ``greedy``: see :meth:`Context.sample`.
+        """
         ...
 
     def close(self) -> None:
@@ -252,10 +255,11 @@ class Context(Protocol):
         """
         ...
 
-    def sample(self, row: int, sampler: Sampler) -> int:
+    def sample(self, row: int, sampler: Sampler, *, greedy: bool = False) -> int:
         """Draw a token from the logits of the last step's row number ``row``.
 
-        The row must have asked for logits. The sampler takes note of the token.
+        The row must have asked for logits. The sampler takes note of the token. ``greedy``:
+        take the largest logit after penalties this time, and use up nothing of the seed.
         """
         ...
 

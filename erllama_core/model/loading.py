@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,14 +20,13 @@ from erllama_core.interfaces.backend import (
     Quantisation,
     Vocabulary,
 )
-from erllama_core.interfaces.stream import StreamProcessor
 from erllama_core.model.fingerprint import (
     chunked_fingerprint,
     combined,
     file_fingerprint,
     weights_files,
 )
-from erllama_core.model.model import ModelParts
+from erllama_core.model.model import ModelParts, ReplySetup
 from erllama_core.model.worker import Worker
 from erllama_core.providers import BackendProvider
 
@@ -44,7 +43,7 @@ def open_model(
     cache: Cache,
     tiers: Sequence[str],
     policy: SavePolicy,
-    processors: Callable[[], Sequence[StreamProcessor]],
+    reply: ReplySetup,
 ) -> ModelParts:
     """Load the weights, open the context on a worker of its own, and join it to the cache.
 
@@ -110,7 +109,7 @@ def open_model(
         quantisation=quantisation,
         tiers=tuple(tiers),
         chat_template=config.chat_template or backend.chat_template,
-        processors=processors,
+        reply=reply,
     )
 
 

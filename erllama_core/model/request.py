@@ -173,13 +173,17 @@ class Request:
             prefill_s=self.prefill_s,
             first_token_s=None if first is None else first - self.submitted_at,
             decode_s=0.0 if first is None else now - first,
+            stop_sequence=self.pipeline.stop_sequence,
             explain=explanation,
         )
 
-    def finish(self, stats: Stats) -> None:
-        """Deliver what was held back, and the end."""
-        for event in self.pipeline.flush():
+    def finish_reply(self) -> None:
+        """Nothing more is generated: deliver what was held back."""
+        for event in self.pipeline.finish():
             self.mailbox.put(event)
+
+    def finish(self, stats: Stats) -> None:
+        """Deliver the end."""
         self.mailbox.put(Done(stats))
 
     def fail(self, error: Exception) -> None:

@@ -348,7 +348,7 @@ class Worker:
         self._last_hit = CacheHit(request.hit_kind, request.read)
         if mark is None:
             return
-        self._take(request, request.sampler.sample_mark(mark))
+        self._take(request, request.sampler.sample_mark(mark, greedy=request.pipeline.greedy))
         if request.phase is Phase.CLOSING and request.computed == request.length:
             self._release(request)  # it said nothing, and what it read is stored
 
@@ -374,6 +374,7 @@ class Worker:
 
     def _answer_cancelled(self, request: Request) -> None:
         """It has said nothing: there is no reply to finish."""
+        request.finish_reply()
         request.finish(request.stats("cancelled", None, self._explanation(request)))
         self._release(request)
 
@@ -418,7 +419,8 @@ class Worker:
                 self._guard(request, functools.partial(self._save, row=last))
 
     def _sample(self, request: Request, row: int) -> None:
-        self._take(request, self._context.sample(row, request.sampler))
+        greedy = request.pipeline.greedy
+        self._take(request, self._context.sample(row, request.sampler, greedy=greedy))
 
     def _take(self, request: Request, token: int) -> None:
         """A token was sampled: tell the caller, and see whether it was the last one."""
@@ -434,11 +436,16 @@ class Worker:
         request.append(token)
         for event in request.pipeline.feed(token):
             request.mailbox.put(event)
-        if len(request.generated) >= request.max_generated:
+        if request.pipeline.ended:
+            self._answer(request, "stop")
+        elif len(request.generated) >= request.max_generated:
             self._answer(request, "length")
 
     def _answer(self, request: Request, reason: FinishReason) -> None:
         """Generation has ended: the caller gets the end now, the cache the rest of it next."""
+        request.finish_reply()
+        if reason == "length" and request.pipeline.stop_sequence is not None:
+            reason = "stop"  # it was met, but a better one could have come
         key = None
         if self._saver.saves(request.length) and request.keys is not None:
             key = CacheKey(request.keys.key(request.length))

@@ -168,12 +168,14 @@ class LlamaContext:
             self._tainted = True
             raise
 
-    def sample(self, row: int, sampler: Sampler) -> int:
+    def sample(self, row: int, sampler: Sampler, *, greedy: bool = False) -> int:
         """Draw from the row's logits, which ``step`` found to be numbers."""
         if not isinstance(sampler, LlamaSampler):
             raise TypeError(f"a sampler of this backend's new_sampler, got {sampler!r}")
         output = self._output(row)
-        token: int = llama_cpp.llama_sampler_sample(sampler.chain, self._context, output)
+        chain = sampler.chain_for(greedy=greedy)
+        token: int = llama_cpp.llama_sampler_sample(chain, self._context, output)
+        sampler.note_drawn(token, greedy=greedy)
         return token
 
     def mark(self, row: int, size: int | None) -> Mark:

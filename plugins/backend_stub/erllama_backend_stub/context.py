@@ -189,12 +189,12 @@ class StubContext:
             raise ValueError(f"row {row} of the last step has no logits")
         return found
 
-    def sample(self, row: int, sampler: Sampler) -> int:
+    def sample(self, row: int, sampler: Sampler, *, greedy: bool = False) -> int:
         """See the protocol. Raises ValueError for a row without logits."""
         logits = self._row(row)
         if not isinstance(sampler, StubSampler):
             raise TypeError(f"a {type(sampler).__name__} is not a sampler of this model")
-        return sampler.sample_row(logits)
+        return sampler.sample_row(logits, greedy=greedy)
 
     def mark(self, row: int, size: int | None) -> Mark:
         """See the protocol. Raises ValueError for a row without logits."""

@@ -36,6 +36,11 @@ def _replies(_owner: Any, attribute: attrs.Attribute[Any], value: object) -> Non
         raise TypeError(f"{attribute.name} is a tuple of replies, not {value!r}")
 
 
+def _byte(_owner: Any, attribute: attrs.Attribute[str], value: str) -> None:
+    if len(value) > 1 or not value.isascii():
+        raise ValueError(f"{attribute.name} is {value!r}; one ASCII character, or none")
+
+
 @attrs.frozen(kw_only=True)
 class StubFaults:
     """What goes wrong, and when.
@@ -81,6 +86,8 @@ class StubOptions:
     script: tuple[str, ...] = attrs.field(default=(), validator=_replies)
     """What is replied: the first entry in the first assistant turn of a context, the second in
     the second, the last one in all later turns. Control tokens' text becomes control tokens."""
+    script_free: str = attrs.field(default="", validator=_byte)
+    """A character of the script that leaves a token to the sampler; none when empty."""
     reply_marker: str = attrs.field(
         default="<|im_start|>assistant\n", validator=attrs.validators.min_len(1)
     )

@@ -145,8 +145,9 @@ class BlobLayout:
         start, end, length = item.start, item.end, cells.size
         into = np.frombuffer(item.into, dtype=np.uint8)
         to = self._put_head(into, 1, end - start)
-        records = cells[start:end].view(np.uint8)
-        into[to : to + records.size] = records
+        records = into[to : to + self.cell.itemsize * (end - start)]
+        records[:] = cells[start:end].view(np.uint8)
+        records.view(self.cell)["id"] = 0  # whose they were is not what they are
         to = self._put_tail(into, to + records.size)
         for part in self.parts:
             to = _put(into, to, part.head)

@@ -269,7 +269,7 @@ def test_a_backend_that_raises_while_saving_loses_nothing_else(
     with capture_logs() as logs, make_engine() as engine:
         model = load_stub(engine, context_opts={"n_ctx": 2000})
         with monkeypatch.context() as patch:
-            patch.setattr(StubContext, "export_range", careless)
+            patch.setattr(StubContext, "export_ranges", careless)
             done = model.complete(PROMPT, response_tokens=500)
             assert len(done.generated) == 500
             assert engine.flush(10)

@@ -207,6 +207,16 @@ class Row:
 
 
 @attrs.frozen(slots=True)
+class RangeExport:
+    """A range on its way out of a sequence: where the state of tokens [start, end) goes."""
+
+    start: int
+    end: int
+    into: memoryview
+    """Writable, of exactly ``range_bytes(seq, start, end)`` bytes."""
+
+
+@attrs.frozen(slots=True)
 class RangeImport:
     """A stored range on its way into a sequence: cells [start, stop) of block [start, end)."""
 
@@ -214,7 +224,7 @@ class RangeImport:
     end: int
     stop: int
     data: memoryview
-    """The bytes that ``export_range(seq, start, end)`` gave."""
+    """The bytes that an export of [start, end) gave."""
 
 
 class Context(Protocol):
@@ -248,11 +258,25 @@ class Context(Protocol):
         """The longest range that may be exported and restored; None: any."""
         ...
 
+    @property
+    def exports_whole(self) -> bool:
+        """Whether exporting any range costs as much as exporting the whole sequence.
+
+        Then ranges are best exported together, and seldom.
+        """
+        ...
+
     def step(self, rows: Sequence[Row]) -> None:
         """Compute all rows in one native call; each sequence appears at most once.
 
-        Raises DecodeFailed; the sequences of ``rows`` must then be dropped.
+        Raises DecodeFailed, as DecodeAborted after :meth:`abort`. Each sequence of ``rows``
+        then stands where it stood before, or, where that cannot be, is empty: see
+        :meth:`length`.
         """
+        ...
+
+    def abort(self) -> None:
+        """End the step that is running, soon. Any thread; no effect while none runs."""
         ...
 
     def sample(self, row: int, sampler: Sampler, *, greedy: bool = False) -> int:
@@ -267,6 +291,10 @@ class Context(Protocol):
         """The ``size`` largest logits of the last step's row (None: all of them)."""
         ...
 
+    def length(self, seq: int) -> int:
+        """Tokens of the sequence; 0 also for one that must be dropped."""
+        ...
+
     def drop(self, seq: int) -> None:
         """Empty the sequence. Never fails."""
         ...
@@ -275,14 +303,23 @@ class Context(Protocol):
         """Keep the first ``length`` tokens; False, and nothing changed, when it cannot."""
         ...
 
-    def range_bytes(self, seq: int, start: int, end: int) -> int:
-        """The size that ``export_range`` needs. SPAN and CHECKPOINT."""
+    def share(self, source: int, target: int, length: int) -> bool:
+        """Give the empty sequence ``target`` the first ``length`` tokens of ``source``.
+
+        With unified cells both have the same cells, so that it costs next to nothing; with
+        separate ones they are copied. Only a SPAN sequence can be shared in part. False, and
+        nothing changed, when it cannot be done.
+        """
         ...
 
-    def export_range(self, seq: int, start: int, end: int, into: memoryview) -> None:
-        """Copy the state of the tokens [start, end) out. SPAN and CHECKPOINT.
+    def range_bytes(self, seq: int, start: int, end: int) -> int:
+        """The size of an exported range. SPAN and CHECKPOINT."""
+        ...
 
-        ``into`` has exactly ``range_bytes`` bytes. Raises StateRejected.
+    def export_ranges(self, seq: int, ranges: Sequence[RangeExport]) -> None:
+        """Copy the state of ranges of tokens out. SPAN and CHECKPOINT.
+
+        Raises StateRejected; what was copied until then is worth nothing.
         """
         ...
 

@@ -56,6 +56,8 @@ class StubFaults:
     """This step waits at the model's :class:`~erllama_backend_stub.faults.HangGate`."""
     hang_gate: str = ""
     """The gate's name for :func:`~erllama_backend_stub.faults.gate`; empty: a gate of its own."""
+    hang_deaf: bool = False
+    """The step that hangs does not hear ``abort`` before its gate is opened."""
     fail_export: int | None = attrs.field(default=None, validator=_at_least(1))
     """This export, of a range or a snapshot, raises StateRejected."""
     short_export: int | None = attrs.field(default=None, validator=_at_least(1))

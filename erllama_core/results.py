@@ -30,6 +30,18 @@ class CacheHit:
     prefix_len: int
 
 
+@attrs.frozen
+class GateEstimate:
+    """What the cost gate expects of stored state, and how much of it was left alone."""
+
+    withheld_tokens: int
+    """Stored tokens that were computed, as that was expected to be clearly sooner."""
+    restore_s: float
+    """Restoring those tokens; when none were withheld, all that is stored of the prompt."""
+    compute_s: float
+    """Computing the same tokens."""
+
+
 @attrs.frozen(kw_only=True)
 class Explanation:
     """Why a request reused what it did, and not more."""
@@ -50,6 +62,12 @@ class Explanation:
     """How the nearest stored context goes on there; None where it ends."""
     reason: str
     """All of it in a sentence."""
+    gate: GateEstimate | None = None
+    """What the cost gate made of it; None where it had no say: it is off, nothing is stored, or
+    what is stored is exempt."""
+    saving: str | None = None
+    """What of this context is saved late or not at all, and why; None: its prompt is saved as it
+    is computed, and the rest when the reply has ended."""
 
 
 @attrs.frozen

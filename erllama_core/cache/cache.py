@@ -90,6 +90,7 @@ class Cache:
         self._closing: Final = threading.Lock()
         self._closed = False
         self._catalog: Final = Catalog(tiers, PagePool(POOL_IDLE_BYTES))
+        self.loader_threads: Final = loader_threads
         self._loader: Final = Loader(self._catalog, threads=loader_threads)
         self._writer: Final = Writer(
             self._write, max_bytes=max_inflight_bytes, threads=writer_threads

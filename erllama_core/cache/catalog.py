@@ -50,6 +50,8 @@ class Catalog:
         self.queues: Final = {store: EvictionQueue(store) for store in self.stores.values()}
         self.clock: Callable[[], int] = time.time_ns
         """When objects are used, in nanoseconds; another one replays what was recorded."""
+        self.stopwatch: Callable[[], float] = time.perf_counter
+        """What reads are measured with, in seconds."""
 
     def store(self, name: str) -> TierStore:
         """The tier of that name. ValueError names the ones there are."""

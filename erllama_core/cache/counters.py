@@ -36,6 +36,8 @@ class Counters:
     """Failed tier operations."""
     state_rejected: int = 0
     """Restores that the backend refused."""
+    gated: int = 0
+    """Requests for which stored state was computed again, as that was expected to be sooner."""
     lookup_ns: int = 0
     load_ns: int = 0
     """From the first read to the last checksum, of loads that read from a tier."""

@@ -18,7 +18,8 @@ One lock, held for microseconds, is in the cache that owns the index; nothing he
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Final
 
 from erllama_core.cache.anchors import split_anchors
@@ -126,6 +127,13 @@ class Entry:
             if copy.tier is tier:
                 return copy
         return None
+
+    def copies_along(self, tiers: Iterable[TierStore]) -> Iterator[Copy]:
+        """The copies to be had now, in the order of ``tiers``."""
+        for tier in tiers:
+            copy = self.copy_in(tier)
+            if copy is not None and copy.rests_until_s <= time.monotonic():
+                yield copy
 
 
 def _path(entry: Entry) -> bytes:

@@ -12,6 +12,7 @@ from typing import Final
 import attrs
 
 from erllama_core.cache.catalog import Catalog
+from erllama_core.cache.gate import Line
 from erllama_core.cache.index import Copy, Entry
 from erllama_core.cache.lookup import Match
 from erllama_core.cache.marks import decode_mark
@@ -56,6 +57,9 @@ class _Part:
     copy: Copy | None = None
     """The copy that is read, marked as in use."""
     head: bytes = b""
+    line: Line | None = None
+    """Where the cost of its read is taken note of, when it was read."""
+    read_s: float = 0.0
 
 
 class Fetch:
@@ -170,11 +174,10 @@ class Loader:
             entry.pages.retain()
             part.pages = entry.pages
             return None
-        for store in tiers:
-            copy = entry.copy_in(store)
-            if copy is None or copy.rests_until_s > time.monotonic():
-                continue
+        for copy in entry.copies_along(tiers):
+            store = copy.tier
             if store.keeps is None:
+                part.line = store.reads.line(copy.last_used_ns, self._catalog.clock())
                 part.copy = copy
                 copy.users += 1
                 return store
@@ -228,6 +231,8 @@ class Loader:
             fetch.waiting -= 1
             last = fetch.waiting == 0
         if last:
+            if not fetch.failed:
+                _take_note_of_costs(fetch.parts)
             self._catalog.counters.add("load_ns", time.perf_counter_ns() - started)
             self._finish(fetch)
             done(fetch)
@@ -240,6 +245,8 @@ class Loader:
             taken.append(self._catalog.pool.acquire(size))
             return taken[-1].view
 
+        stopwatch = self._catalog.stopwatch
+        started = stopwatch()
         try:
             data = store.attempt(lambda: store.tier.read(entry.object_id, allocate), "read")
             header = verify_object(data, entry.object_id)
@@ -255,6 +262,7 @@ class Loader:
             for pages in taken:
                 pages.release()
             raise
+        part.read_s = stopwatch() - started
         part.head = bytes(data[: header.header_bytes])
         part.pages = PayloadPages(taken[0], header.header_bytes)
         self._catalog.counters.hit_tier(store.name)
@@ -295,3 +303,18 @@ def _unuse(part: _Part) -> None:
     if part.copy is not None:
         part.copy.users -= 1
         part.copy = None
+
+
+def _take_note_of_costs(parts: list[_Part]) -> None:
+    """One measurement for each kind of read: a slow moment of a disk is one outlier, not forty."""
+    sums: dict[Line, tuple[int, int, float]] = {}
+    for part in parts:
+        if part.line is not None and part.copy is not None:
+            count, size, seconds = sums.get(part.line, (0, 0, 0.0))
+            sums[part.line] = (
+                count + 1,
+                size + part.copy.size_bytes,
+                seconds + part.read_s,
+            )
+    for line, (count, size, seconds) in sums.items():
+        line.observe(size / count, seconds / count)

@@ -54,6 +54,15 @@ class Match:
             return Match(covered=self.covered)
         return Match(self.covered, fitting[-1].stop if fitting else 0, tuple(fitting))
 
+    def first(self, count: int) -> Match:
+        """What its first ``count`` pieces hold; with a snapshot all of it, or for 0 nothing."""
+        if self.snapshot is not None:
+            return self if count else Match(covered=self.covered)
+        if count >= len(self.pieces):
+            return self
+        pieces = self.pieces[:count]
+        return Match(self.covered, pieces[-1].stop if pieces else 0, pieces)
+
 
 @attrs.frozen
 class Divergence:

@@ -10,6 +10,7 @@ import attrs
 
 from erllama_core.cache.anchors import Rendering, TextKeys
 from erllama_core.cache.cache import Cache
+from erllama_core.cache.gate import CostGate, Portion
 from erllama_core.cache.index import Entry
 from erllama_core.cache.keys import ContextKeys, salted
 from erllama_core.cache.loader import Fetch
@@ -19,6 +20,7 @@ from erllama_core.cache.pages import PooledPages
 from erllama_core.cache.writer import Draft
 from erllama_core.interfaces.backend import KVClass, Mark
 from erllama_core.interfaces.block import ObjectId, ObjectKind
+from erllama_core.results import GateEstimate
 
 ABSORBED_TOKENS: Final = 16
 """Longer blocks are not stored again for being extended."""
@@ -48,6 +50,7 @@ class ModelSpace:
         tiers: Sequence[str],
         align_tokens: int,
         rendering: Rendering | None = None,
+        gate: CostGate | None = None,
     ) -> None:
         self._cache: Final = cache
         self._catalog: Final = cache.catalog
@@ -59,6 +62,8 @@ class ModelSpace:
         self._promote_to: Final = (
             nearest if nearest is not None and nearest.keeps is not None else None
         )
+        self.gate: Final = gate
+        """None: whatever is stored is restored."""
         self.kv_class: Final = kv_class
         self.align_tokens: Final = align_tokens
         self.mark_size: Final = MARK_SIZE if kv_class is KVClass.SPAN else None
@@ -135,12 +140,67 @@ class ModelSpace:
         """How far a match brings a request: what cannot be cut is of use where it stands."""
         return match.covered if self.kv_class is KVClass.SPAN else match.length
 
-    def count(self, match: Match | None, n: int, parent_key: bytes | None) -> None:
+    def judge(self, match: Match, n: int) -> GateEstimate | None:
+        """What the gate would make of a match for ``n`` tokens; changes nothing. Thread-safe."""
+        if self.gate is None or match.length in {0, n}:
+            return None
+        return self.gate.judge(self._portions(match)).estimate
+
+    def admit(
+        self, keys: ContextKeys, match: Match, parent_key: bytes | None
+    ) -> tuple[Match, GateEstimate | None]:
+        """The part of a prompt's match that the gate lets through; None where it has no say.
+
+        That is on a whole prompt, and on the context that the caller says it goes on from.
+        """
+        if self.gate is None or match.length in {0, len(keys)}:
+            return match, None
+        portions = self._portions(match)
+        if parent_key is not None and self.gate.judge(portions).estimate.withheld_tokens:
+            # Its end need not be that of a block, which may have become part of a longer one;
+            # what others stored beyond it is not searched for far.
+            nearest = range(match.length, max(0, match.length - 2 * self.align_tokens), -1)
+            if any(keys.key(position) == parent_key for position in nearest):
+                return match, None
+        decision = self.gate.admit(portions)
+        return match.first(decision.portions), decision.estimate
+
+    def _portions(self, match: Match) -> list[Portion]:
+        """A match as the gate sees it; with a snapshot, which stands at its end, in one piece."""
+        now_ns = self._catalog.clock()
+        with self._catalog.lock:
+            if match.snapshot is not None:
+                sources = [self._source(entry, now_ns) for entry in _used(match)]
+                reads = tuple(read_s for _, read_s in sources if read_s is not None)
+                return [Portion(match.length, sum(size for size, _ in sources), reads)]
+            found = []
+            for piece in match.pieces:
+                size, read_s = self._source(piece.entry, now_ns)
+                reads = () if read_s is None else (read_s,)
+                found.append(Portion(piece.stop - piece.entry.start, size, reads))
+            return found
+
+    def _source(self, entry: Entry, now_ns: int) -> tuple[int, float | None]:
+        """Bytes of an object, and what its read would take; None when it is in memory."""
+        if entry.pages is not None:
+            return len(entry.pages.view), None
+        for copy in entry.copies_along(self._tiers):
+            if copy.tier.keeps is not None:
+                return copy.size_bytes, None
+            line = copy.tier.reads.line(copy.last_used_ns, now_ns)
+            return copy.size_bytes, line.seconds(copy.size_bytes)
+        return 0, None  # gone meanwhile, which the fetch will find
+
+    def count(
+        self, match: Match | None, n: int, parent_key: bytes | None, *, withheld: bool = False
+    ) -> None:
         """Count what a request ended up with: ``match`` restored, of ``n`` tokens, or None.
 
         ``parent_key`` is a hint, and one that is never waited for: look-up by content finds
-        that context, or a longer one, by itself.
+        that context, or a longer one, by itself. ``withheld``: whether the gate kept any back.
         """
+        if withheld:
+            self._catalog.counters.add("gated")
         if match is None or not match.length:
             self._catalog.counters.add("misses")
             return
@@ -248,6 +308,10 @@ class ModelSpace:
         with self._catalog.lock:
             _, pieces = self._finder.chain(keys, n)
             self._catalog.touch([piece.entry for piece in pieces])
+
+    def wait_written(self, timeout_s: float) -> bool:
+        """Wait until everything submitted before is written; False when time ran out."""
+        return self._cache.flush(timeout_s)
 
     def add_pack_time(self, nanoseconds: int) -> None:
         """Account for copying state out of a context."""

@@ -9,6 +9,7 @@ from typing import Final, TypeVar
 import attrs
 
 from erllama_core.cache.counters import CounterSet
+from erllama_core.cache.gate import ReadCosts
 from erllama_core.errors import BlockNotFound, CacheError, TierError, TierFull
 from erllama_core.interfaces.block import ObjectId
 from erllama_core.interfaces.log import get_logger
@@ -36,6 +37,7 @@ class TierStore:
         self.kind: Final = named.kind
         self.tier: Final = named.tier
         self.keeps: Final = named.tier if isinstance(named.tier, KeepsPages) else None
+        self.reads: Final = ReadCosts()
         self._counters: Final = counters
         self._lock = threading.Lock()
         self._in_trouble = False

@@ -354,6 +354,29 @@ class Context(Protocol):
         ...
 
 
+@attrs.frozen(kw_only=True)
+class CostPrior:
+    """What a context is expected to take, until it was measured; a rough guess will do."""
+
+    compute_s_per_token: float = attrs.field(validator=attrs.validators.ge(0.0))
+    """Computing a token of a long prompt."""
+    import_s_per_byte: float = attrs.field(validator=attrs.validators.ge(0.0))
+    """Copying stored state into the context."""
+
+
+@runtime_checkable
+class DeclaresCosts(Protocol):
+    """Optional ability of a Context: a guess of its costs.
+
+    Without one, whatever is stored is restored, even where computing it would be sooner.
+    """
+
+    @property
+    def cost_prior(self) -> CostPrior | None:
+        """None: not known, which is as if the context could not tell."""
+        ...
+
+
 # -------------------------------------------------------------------- model
 
 

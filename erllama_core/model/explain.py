@@ -10,7 +10,7 @@ from erllama_core.cache.keys import ContextKeys
 from erllama_core.cache.lookup import Divergence, Match
 from erllama_core.cache.space import ModelSpace
 from erllama_core.interfaces.backend import KVClass, Vocabulary
-from erllama_core.results import Explanation, HitKind
+from erllama_core.results import Explanation, GateEstimate, HitKind
 
 _AROUND: Final = 12
 """Tokens of text that are shown on either side of a divergence."""
@@ -31,6 +31,8 @@ class Finding:
     """The prompt was found by its text; ``n_tokens`` are those of the stored context's."""
     obstacle: str | None = None
     """Why what was found was not used, when it was not."""
+    gate: GateEstimate | None = None
+    """What the cost gate made of it, where it had a say."""
 
 
 def examine(
@@ -54,6 +56,7 @@ def explain(
     tiers: tuple[str, ...] = (),
     restored_bytes: int = 0,
     restore_s: float = 0.0,
+    saving: str | None = None,
 ) -> Explanation:
     """A finding, and what came of it, for a person."""
 
@@ -73,6 +76,8 @@ def explain(
         prompt_text=text(finding.prompt_around),
         stored_text=text(stored_next) if stored_next else None,
         reason=_reason(finding, kv_class, reused_tokens) + (_RESPELT if finding.respelt else ""),
+        gate=finding.gate,
+        saving=saving,
     )
 
 
@@ -80,6 +85,13 @@ def _reason(finding: Finding, kv_class: KVClass, reused: int) -> str:
     n, stored = finding.n_tokens, finding.stored_tokens
     if finding.obstacle is not None:
         return finding.obstacle
+    gate = finding.gate
+    if gate is not None and gate.withheld_tokens:
+        return (
+            f"the cost gate: {gate.withheld_tokens} tokens that are stored are computed, which is "
+            f"expected to take {gate.compute_s:.3g} s, where restoring them would take "
+            f"{gate.restore_s:.3g} s"
+        )
     if reused == n:
         return f"all {n} tokens and the logits after them are stored"
     if kv_class is not KVClass.SPAN:

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from erllama_core.cache.anchors import Rendering
 from erllama_core.cache.cache import Cache
+from erllama_core.cache.gate import CostGate
 from erllama_core.cache.keys import digest_fields
 from erllama_core.cache.policy import SavePolicy
 from erllama_core.cache.space import ModelSpace
@@ -17,6 +18,7 @@ from erllama_core.interfaces.backend import (
     BackendModel,
     BackendRequest,
     Context,
+    DeclaresCosts,
     Quantisation,
     Vocabulary,
 )
@@ -89,6 +91,7 @@ def open_model(
             tiers=tiers,
             align_tokens=longest,
             rendering=rendering,
+            gate=_gate(context, policy, cache),
         )
 
     worker = Worker(model_id, backend, open_space, policy)
@@ -111,6 +114,13 @@ def open_model(
         chat_template=config.chat_template or backend.chat_template,
         reply=reply,
     )
+
+
+def _gate(context: Context, policy: SavePolicy, cache: Cache) -> CostGate | None:
+    if policy.cost_gate == "off" or not isinstance(context, DeclaresCosts):
+        return None
+    prior = context.cost_prior
+    return None if prior is None else CostGate(prior, cache.loader_threads)
 
 
 def _model_file(path: Path) -> Path:

@@ -147,8 +147,17 @@ class Model:
         whole = self._as_prompt(prompt, RequestOptions(cache_salt=cache_salt))
         finding, kv_class = self._worker.examine(whole, cache_salt)
         reused = finding.reusable_tokens
+        if finding.gate is not None:
+            reused -= finding.gate.withheld_tokens
         kind: HitKind = "cold" if not reused else "exact" if reused == len(whole) else "partial"
-        return explain(finding, self._backend.vocabulary, kv_class, kind=kind, reused_tokens=reused)
+        return explain(
+            finding,
+            self._backend.vocabulary,
+            kv_class,
+            kind=kind,
+            reused_tokens=reused,
+            saving=self._worker.shortfall(len(whole)),
+        )
 
     # ----------------------------------------------------------- text and tokens
 

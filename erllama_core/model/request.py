@@ -18,6 +18,7 @@ from erllama_core.results import (
     CacheKey,
     Explanation,
     FinishReason,
+    GateEstimate,
     HitKind,
     Stats,
 )
@@ -77,11 +78,15 @@ class Request:
         """Tokens whose state is stored, counted from the start without a gap."""
         self.tried = 0
         """Tokens up to which a save was tried last, while the reply grows."""
+        self.drops = 0
+        """Saves that found no room."""
         self.is_last_save = False
         """The worker is closing: what is saved now is saved whatever is on its way."""
         self.read = 0
         """Tokens that were restored."""
         self.restored_bytes = 0
+        self.gate: GateEstimate | None = None
+        """What the cost gate made of the state that was found, where it had a say."""
         self.finding: Finding | None = None
         """What the look-up found, for a request that asks why."""
         self.sources: tuple[str, ...] = ()

@@ -85,6 +85,7 @@ class Restorer:
         if fitting is not match:
             match = fitting
             _note(request, "too few free cells to import all that is stored")
+        match = self._admitted(request, match)
         if not match.length:
             request.saved = match.covered
             self._done(request, None, None)
@@ -98,6 +99,15 @@ class Restorer:
             self.outstanding += 1
         else:
             self._fetched(request, fetch)
+
+    def _admitted(self, request: Request, match: Match) -> Match:
+        """What of a match the cost gate lets through."""
+        keys = request.keys
+        assert keys is not None
+        match, request.gate = self._space.admit(keys, match, request.options.parent_key)
+        if request.finding is not None:
+            request.finding = attrs.evolve(request.finding, gate=request.gate)
+        return match
 
     def _arrived(self, request: Request, fetch: Fetch) -> None:
         self.outstanding -= 1
@@ -141,14 +151,20 @@ class Restorer:
 
     def _import(self, request: Request, fetch: Fetch) -> None:
         match = fetch.match
+        started = time.perf_counter()
         if match.pieces:
             self._context.import_ranges(request.seq, fetch.ranges())
         snapshot = fetch.snapshot()
         if snapshot is not None:
             self._context.import_snapshot(request.seq, match.length, snapshot)
+        if self._space.gate is not None:
+            self._space.gate.observe_import(fetch.n_bytes, time.perf_counter() - started)
 
     def _done(self, request: Request, match: Match | None, mark: Mark | None) -> None:
-        self._space.count(match, request.prompt_tokens, request.options.parent_key)
+        withheld = request.gate is not None and request.gate.withheld_tokens > 0
+        self._space.count(
+            match, request.prompt_tokens, request.options.parent_key, withheld=withheld
+        )
         now = time.perf_counter()
         request.prefill_at = now
         if match is not None:

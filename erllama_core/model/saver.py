@@ -37,25 +37,57 @@ class Saver:
         """Whether a context of that length is saved at all."""
         return self._space.has_tiers and tokens >= self._policy.min_tokens
 
+    def shortfall(self, prompt: int, context: int, drops: int = 0) -> str | None:
+        """What of a context, its prompt a part of it, is saved late or not at all, and why.
+
+        ``drops``: saves that found no room. Thread-safe.
+        """
+        policy = self._policy
+        if not self._space.has_tiers:
+            return "nothing is saved: the model has no tier"
+        if context < policy.min_tokens:
+            return (
+                f"nothing is saved: {context} tokens are less than min_tokens ({policy.min_tokens})"
+            )
+        if drops:
+            return (
+                f"{drops} saves were dropped, as too much waited to be written "
+                "(max_inflight_bytes); what is missing is tried again when the reply has ended"
+            )
+        boundary = policy.cold_boundary(prompt, self._align)
+        if boundary == prompt:
+            return None
+        if prompt < policy.cold_min_tokens:
+            why = f"it is shorter than cold_min_tokens ({policy.cold_min_tokens})"
+        elif prompt < policy.min_tokens:
+            why = f"it is shorter than min_tokens ({policy.min_tokens})"
+        else:
+            why = (
+                f"cold_max_tokens is {policy.cold_max_tokens or 'not set'}, boundary_trim_tokens "
+                f"{policy.boundary_trim_tokens}, and only whole blocks are saved short of its end"
+            )
+        return (
+            f"{boundary} of the prompt's {prompt} tokens are saved while it is computed, the rest "
+            f"when the reply has ended: {why}"
+        )
+
     def after_prefill(self, request: Request, row: int | None) -> None:
         """A part of the prompt was computed; ``row``: where its last logits are, at its end."""
         with self._unharmed(request):
             self._after_prefill(request, row)
 
     def _after_prefill(self, request: Request, row: int | None) -> None:
-        policy = self._policy
         prompt = request.prompt_tokens
-        at_end = row is not None
-        if not self.saves(prompt) or prompt < policy.cold_min_tokens:
+        boundary = self._policy.cold_boundary(prompt, self._align)
+        if not boundary or not self.saves(prompt):
             return
-        limit = prompt if policy.cold_max_tokens is None else min(prompt, policy.cold_max_tokens)
-        reached = min(limit, request.computed)
-        if not (at_end and reached == prompt):
+        reached = min(boundary, request.computed)
+        if reached < boundary:
             reached -= reached % self._align
         if self._context.exports_whole and not at_end and reached < limit - limit % self._align:
             return  # a long prompt's beginning would be copied with every part of it
         self._save_blocks(request, reached, "cold")
-        if row is not None and limit == prompt:
+        if row is not None and boundary == prompt:
             self._save_end(request, row, "cold")
 
     def after_token(self, request: Request) -> None:
@@ -163,6 +195,7 @@ class Saver:
     ) -> PooledPages | None:
         pages = self._space.reserve(size, beyond_bound=request.is_last_save)
         if pages is None:
+            request.drops += 1
             return None
         started = time.perf_counter_ns()
         try:

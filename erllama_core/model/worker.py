@@ -14,6 +14,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final
 
+import attrs
+
 from erllama_core import results
 from erllama_core.cache.policy import SavePolicy
 from erllama_core.cache.space import ModelSpace
@@ -53,6 +55,7 @@ class Worker:
         self._model: Final = model
         self._open_space: Final = open_space
         self._policy: Final = policy
+        self._save_timeout_s: Final = policy.evict_save_timeout_ms / 1000
         self._inbox: Final[queue.SimpleQueue[Callable[[], None]]] = queue.SimpleQueue()
         self._lock: Final = threading.Lock()
         self._accepts = True
@@ -121,12 +124,14 @@ class Worker:
             self._inbox.put(lambda: self._wait_settled(settled))
         return settled.wait(timeout_s)
 
-    def save_live(self) -> None:
+    def save_live(self) -> bool:
         """Save what running requests have computed, with the reason ``evict``; they go on.
 
-        Returns when it was handed to the writer. For a sequence that is about to lose its
-        cells, or memory that is about to.
+        For sequences that are about to lose their cells, or memory that is about to. Returns
+        when it is written; False when that took longer than ``evict_save_timeout_ms``, or
+        the worker is closed, which saves by itself.
         """
+        deadline = time.monotonic() + self._save_timeout_s
         saved = threading.Event()
 
         def save() -> None:
@@ -137,9 +142,11 @@ class Worker:
 
         with self._lock:
             if not self._accepts:
-                return
+                return False
             self._inbox.put(save)
-        saved.wait()
+        if not saved.wait(self._save_timeout_s):
+            return False
+        return self._space.wait_written(max(0.0, deadline - time.monotonic()))
 
     def close(self) -> None:
         """Answer every request with EngineClosed, free context and weights, end the thread.
@@ -179,7 +186,13 @@ class Worker:
         if other is not None:
             keys = space.keys(bytearray(other), salt)
             match = space.find(keys, may_sample=True)
-        return examine(space, keys, match, respelt=other is not None), space.kv_class
+        finding = examine(space, keys, match, respelt=other is not None)
+        gate = space.judge(match, len(keys))
+        return attrs.evolve(finding, gate=gate), space.kv_class
+
+    def shortfall(self, prompt_tokens: int) -> str | None:
+        """What of a prompt would be saved late or not at all, and why. Waits for nobody."""
+        return self._saver.shortfall(prompt_tokens, prompt_tokens)
 
     @property
     def last_hit(self) -> CacheHit | None:
@@ -286,6 +299,8 @@ class Worker:
             request.phase = Phase.ENDED
         for request in with_state:
             self._saver.at_end(request, None, "shutdown")
+        if with_state and not self._space.wait_written(self._save_timeout_s):
+            log.warning("save.late", model=self.name, timeout_s=self._save_timeout_s)
         for request in requests:
             _close_sampler(request)
         self._active.clear()
@@ -390,6 +405,7 @@ class Worker:
             tiers=request.sources,
             restored_bytes=request.restored_bytes,
             restore_s=request.restore_s,
+            saving=self._saver.shortfall(request.prompt_tokens, request.length, request.drops),
         )
 
     # ------------------------------------------------------------------- tick
@@ -399,6 +415,7 @@ class Worker:
         batch, rows = self._composer.compose(self._active)
         if not rows:
             return
+        started = time.perf_counter()
         try:
             self._context.step(rows)
         except Exception as error:  # noqa: BLE001 - a backend's own code
@@ -407,6 +424,9 @@ class Worker:
             for request in batch:
                 self._fail(request, failure)
             return
+        if self._space.gate is not None:
+            tokens = sum(len(row.tokens) for row in rows) // TOKEN_BYTES
+            self._space.gate.observe_step(tokens, time.perf_counter() - started)
         ends: list[tuple[Request, int | None]] = []
         for number, (request, row) in enumerate(zip(batch, rows, strict=True)):
             request.computed += len(row.tokens) // 4

@@ -10,7 +10,7 @@ from llama_cpp import llama_cpp
 from erllama_backend_llama import logits, native
 from erllama_backend_llama.abort import AbortFlag
 from erllama_backend_llama.batch import Batch
-from erllama_backend_llama.context_params import native_params
+from erllama_backend_llama.context_params import cost_prior, native_params
 from erllama_backend_llama.kv_class import MemoryClass, Pools, claimed_class, prove
 from erllama_backend_llama.sampler import LlamaSampler
 from erllama_backend_llama.state import Ranges, SequenceState
@@ -25,6 +25,7 @@ from erllama_core.errors import (
 )
 from erllama_core.interfaces.backend import (
     ContextOptions,
+    CostPrior,
     KVClass,
     Mark,
     RangeExport,
@@ -75,6 +76,7 @@ class LlamaContext:
 
     def __init__(self, model: Any, options: ContextOptions, *, n_vocab: int) -> None:
         self._n_vocab = n_vocab
+        self.cost_prior: Final[CostPrior] = cost_prior(model, options)
         claim = claimed_class(model, swa_full=options.swa_full, unified=options.kv_unified)
         n_seq_max = options.n_seq_max
         # For recurrent models each sequence costs a whole state, and whole states need no scratch.

@@ -8,7 +8,7 @@ from typing import Any, Final
 from llama_cpp import llama_cpp
 
 from erllama_core.errors import ModelLoadError, unknown_name
-from erllama_core.interfaces.backend import ContextOptions
+from erllama_core.interfaces.backend import ContextOptions, CostPrior
 
 # enum ggml_type of ggml.h; those that llama.cpp accepts for its cache.
 CACHE_TYPES: Final = {
@@ -29,6 +29,12 @@ _FLASH_ATTENTION: Final = {
     False: llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED,
 }
 _MAX_THREADS: Final = 512
+_THREAD_OPERATIONS: Final = 3e10
+"""Arithmetic operations of a thread in a second; 4.5e10 were measured with SmolLM2-135M Q4_1."""
+_GPU_OPERATIONS: Final = 2e12
+"""Of a build for GPUs. Most do more: until steps were measured, rather too much is restored."""
+_IMPORT_S_PER_BYTE: Final = 1 / 4e9
+"""State copied into a context; 6e9 bytes in a second were measured in memory."""
 _CELL_STEP: Final = 256
 """llama.cpp rounds the number of cells up to a multiple of this (``GGML_PAD`` in
 llama_context's constructor), but clamps the batch to the number before rounding.
@@ -113,6 +119,22 @@ def native_params(options: ContextOptions, *, n_seq: int, window: int) -> Any:
     params.swa_full = options.swa_full
     params.kv_unified = options.kv_unified
     return params
+
+
+def cost_prior(model: Any, options: ContextOptions) -> CostPrior:
+    """A guess from the number of weights and threads, within a factor of ten or so.
+
+    A token takes two operations for each weight. Mixtures of experts use a part of their
+    weights only, and processors differ; a few measured steps replace the guess.
+    """
+    if llama_cpp.llama_supports_gpu_offload():
+        per_second = _GPU_OPERATIONS
+    else:
+        per_second = _THREAD_OPERATIONS * (options.n_threads or default_threads())
+    weights = int(llama_cpp.llama_model_n_params(model))
+    return CostPrior(
+        compute_s_per_token=2 * weights / per_second, import_s_per_byte=_IMPORT_S_PER_BYTE
+    )
 
 
 def default_threads() -> int:

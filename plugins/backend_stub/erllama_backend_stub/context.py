@@ -22,6 +22,7 @@ from erllama_backend_stub.vocabulary import size_of_vocabulary
 from erllama_core.errors import DecodeAborted, DecodeFailed, StateRejected
 from erllama_core.interfaces.backend import (
     ContextOptions,
+    CostPrior,
     KVClass,
     Mark,
     RangeExport,
@@ -77,6 +78,14 @@ class StubContext:
         self._never = threading.Event()
         self._thread: int | None = None
         self._closed = False
+
+    @property
+    def cost_prior(self) -> CostPrior | None:
+        """What the options declare; by default None, so that tests see what is stored reused."""
+        declared_us = self._options.declared_us_per_token
+        if declared_us is None:
+            return None
+        return CostPrior(compute_s_per_token=declared_us / 1e6, import_s_per_byte=1e-9)
 
     # -------------------------------------------------------------- guards
 

@@ -98,6 +98,9 @@ class StubOptions:
     """Microseconds that a step sleeps for each token of rows with several tokens."""
     decode_us: float = attrs.field(default=0.0, validator=_at_least(0))
     """Microseconds that a step sleeps when it has a row of one token."""
+    declared_us_per_token: float | None = attrs.field(default=None, validator=_at_least(0))
+    """Microseconds that the context says a token takes to compute, which switches the cost gate
+    on; None: it says nothing, and whatever is stored is restored."""
     faults: StubFaults = StubFaults()
 
     @property

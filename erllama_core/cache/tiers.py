@@ -12,7 +12,7 @@ from erllama_core.cache.counters import CounterSet
 from erllama_core.errors import BlockNotFound, CacheError, TierError, TierFull
 from erllama_core.interfaces.block import ObjectId
 from erllama_core.interfaces.log import get_logger
-from erllama_core.interfaces.tier import KeepsPages, Tier, TierUsage
+from erllama_core.interfaces.tier import KeepsPages, MakesDurable, Tier, TierUsage
 
 log = get_logger("erllama.cache")
 
@@ -36,6 +36,14 @@ class TierStore:
         self.kind: Final = named.kind
         self.tier: Final = named.tier
         self.keeps: Final = named.tier if isinstance(named.tier, KeepsPages) else None
+        durable = named.tier if isinstance(named.tier, MakesDurable) else None
+        self.is_volatile: Final = self.keeps is not None or (
+            durable is not None and not durable.outlives_power
+        )
+        """Whether a restart loses what it holds."""
+        self.durable: Final = None if self.is_volatile else durable
+        self.rests_until_s = 0.0
+        """After a read that hung, on the monotonic clock: nothing is read from it until then."""
         self._counters: Final = counters
         self._lock = threading.Lock()
         self._in_trouble = False

@@ -176,9 +176,7 @@ class Segment:
             if not self._leads[len(entry.lead)]:
                 del self._leads[len(entry.lead)]
 
-    def cover(
-        self, tokens: bytes, usable: Callable[[Entry], bool]
-    ) -> list[tuple[Entry, int]]:
+    def cover(self, tokens: bytes, usable: Callable[[Entry], bool]) -> list[tuple[Entry, int]]:
         """The usable blocks that bring ``tokens`` furthest, in order, each with how far.
 
         Only what ``usable`` allows counts, so that a block which cannot be had now never hides

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import attrs
+
+WriteMode = Literal["through", "back"]
 
 
 @attrs.frozen(kw_only=True)
@@ -11,6 +15,12 @@ class SavePolicy:
 
     All counts are tokens.
     """
+
+    write: WriteMode = "through"
+    """``"through"``: every tier of the model gets what is saved. ``"back"``: the first that takes
+    it, and the next one when it is evicted there; finished contexts also a tier that lasts."""
+    promote: bool = True
+    """Keep what was read from a further tier in the nearest one in memory as well."""
 
     min_tokens: int = 64
     """Contexts shorter than this are not saved at all."""

@@ -72,6 +72,10 @@ class TierStore:
         """The tier's usage. Raises CacheError; that it answers does not end trouble."""
         return self._run(self.tier.usage, "tell its usage")
 
+    def note_hanging(self) -> None:
+        """A read got no answer in time: trouble, until the tier answers again."""
+        self._note_trouble("read", TierError("no answer in time"))
+
     def _run(self, operation: Callable[[], _T], what: str) -> _T:
         try:
             return operation()

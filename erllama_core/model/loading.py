@@ -86,6 +86,8 @@ def open_model(
             kv_class=context.kv_class,
             tiers=tiers,
             align_tokens=longest,
+            write=policy.write,
+            promote=policy.promote,
         )
 
     worker = Worker(model_id, backend, open_space, policy)

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from typing import Final
 
 from erllama_core.cache.counters import SaveReason
+from erllama_core.cache.flow import DURABLE_REASONS, SaveBuffer
 from erllama_core.cache.keys import ContextKeys
-from erllama_core.cache.pages import PooledPages
 from erllama_core.cache.policy import SavePolicy
 from erllama_core.cache.space import ModelSpace
 from erllama_core.interfaces.backend import Context, KVClass
@@ -77,6 +77,8 @@ class Saver:
             self._save_end(request, row, reason)
             assert request.keys is not None
             self._space.touch(request.keys, request.computed)
+            if reason in DURABLE_REASONS:
+                self._space.make_durable(request.keys, request.computed)
 
     @contextmanager
     def _unharmed(self, request: Request) -> Iterator[None]:
@@ -131,7 +133,7 @@ class Saver:
 
     def _copy(
         self, request: Request, size: int, export: Callable[[memoryview], None]
-    ) -> PooledPages | None:
+    ) -> SaveBuffer | None:
         pages = self._space.reserve(size, beyond_bound=request.is_last_save)
         if pages is None:
             return None

@@ -92,6 +92,7 @@ class Cache:
         self._pid: Final = os.getpid()
         self._closing: Final = threading.Lock()
         self._closed = False
+        self._write_timeout_s: Final = write_timeout_s
         self._catalog: Final = Catalog(tiers, PagePool(POOL_IDLE_BYTES))
         self._loader: Final = Loader(
             self._catalog, threads=loader_threads, timeout_s=read_timeout_s
@@ -243,7 +244,7 @@ class Cache:
                 return
             hanging: list[TierStore] = []
             try:
-                self._scanner.close()
+                self._scanner.close(self._write_timeout_s)
                 hanging += self._flow.close()
                 hanging += self._loader.close()
             finally:

@@ -374,7 +374,7 @@ class Flow:
         copy = next(iter(entry.copies), None)
         size = len(entry.pages.view) if entry.pages is not None else copy.size_bytes if copy else 0
         if not size or not self._lanes[target].reserve(size, beyond_bound=until_s is not None):
-            self._drop(target)
+            self._catalog.counters.drop_in_tier(target.name)
             return
         pages = _in_memory(entry)
         if pages is not None:
@@ -467,7 +467,7 @@ class Flow:
             if not stored and self._try_next(passage):
                 return  # with these pages
             passage.waiting -= 1
-            if not passage.waiting and not passage.is_stored:
+            if not (passage.waiting or passage.is_stored or entry.copies or entry.writing):
                 self._catalog.counters.add("saves_dropped")
             if not entry.writing:
                 entry.pages = None

@@ -28,6 +28,14 @@ def users(engine: Engine) -> list[int]:
         return [c.users for e in engine.cache.catalog.index for c in e.copies if c.users]
 
 
+def is_all_in(engine: Engine, tier: str) -> bool:
+    """Whether everything that is known is stored in a tier."""
+    catalog = engine.cache.catalog
+    store = catalog.store(tier)
+    with catalog.lock:
+        return all(entry.copy_in(store) for entry in catalog.index)
+
+
 def tiers_of(engine: Engine) -> dict[str, set[tuple[str, int, int]]]:
     """What each tier has."""
     found: dict[str, set[tuple[str, int, int]]] = {}
@@ -46,7 +54,11 @@ def test_a_tier_whose_writes_hang_keeps_no_other_waiting(kv_class: str) -> None:
     settings = {"max_inflight_bytes": 30_000, "write_timeout_ms": 200}
     with engine_with({"held": held}, cache=settings) as engine:
         model = load_stub(engine, tier=["held", "ram"], kv_class=kv_class)
-        firsts = [model.complete(f"{n}{PROMPT}", response_tokens=4) for n in range(20)]
+        firsts = []
+        for number in range(20):
+            firsts.append(model.complete(f"{number}{PROMPT}", response_tokens=4))
+            assert model.settle(20)
+            wait_until(lambda: is_all_in(engine, "ram"))
         with capture_logs() as logs:
             assert not engine.flush()
         assert [entry["event"] for entry in logs] == ["tier.hangs"]
@@ -57,7 +69,7 @@ def test_a_tier_whose_writes_hang_keeps_no_other_waiting(kv_class: str) -> None:
             again = model.complete(f"{number}{PROMPT}", response_tokens=4)
             assert (again.cache_hit_kind, again.generated) == ("exact", first.generated)
         held.writes.set()
-        assert engine.flush(20)
+        wait_until(engine.flush)  # until its thread moves, it counts as hanging
         assert held.ids()
         assert tiers_of(engine).keys() == {"held", "ram"}
         rows = [row for row in engine.cache.dump() if row.status == "writing"]
@@ -87,9 +99,8 @@ def test_state_is_findable_while_any_buffer_holds_it(kv_class: str) -> None:
     with engine_with({"held": held}) as engine:
         model = load_stub(engine, tier=["ram", "held"], kv_class=kv_class)
         first = model.complete(PROMPT, response_tokens=4)
-        while tiers_of(engine).get("ram", set()) == set() or not engine.flush(0.01):
-            if held.asked.acquire(timeout=0.01):
-                break
+        assert model.settle(20)
+        wait_until(lambda: is_all_in(engine, "ram"))
         engine.cache.evict_bytes(1 << 40, ["ram"])
         again = model.complete(PROMPT, response_tokens=4)
         assert (again.cache_hit_kind, again.generated) == ("exact", first.generated)
@@ -268,24 +279,26 @@ def test_a_chain_in_several_tiers_is_one_chain() -> None:
         assert (again.cache_hit_kind, again.generated) == ("exact", first.generated)
 
 
-def test_closing_hands_down_what_only_memory_holds(kv_class: str) -> None:
-    """After write-back a restart finds what no request had finished, too."""
+def test_closing_hands_down_what_only_memory_holds() -> None:
+    """After write-back a restart finds what no request had finished, too; salted as well."""
     held = HeldTier()
+    step = gate("hand down")
+    faults = {"hang_step": 2, "hang_gate": "hand down"}
+    policy = {"prefill_chunk_size": 64}
     with engine_with({"held": held}, cache=BACK) as engine:
-        model = load_stub(engine, tier=["ram", "held"], kv_class=kv_class)
-        stream = model.infer(PROMPT * 3, response_tokens=300)
-        next(iter(stream))
-        model._worker.save_live()
-        wait_until(lambda: tiers_of(engine).get("ram"))
-        salted = model.complete(PROMPT, response_tokens=2, cache_salt="a")
-        assert held.ids()
+        model = load_stub(engine, tier=["ram", "held"], policy=policy, faults=faults)
+        stream = model.infer(PROMPT * 3, response_tokens=1, cache_salt="a")
+        assert step.wait_reached(20)
         stream.cancel()
+        step.open()
+        assert stream.result().finish_reason == "cancelled"
+        assert engine.flush(20)
+        assert set(tiers_of(engine)) == {"ram"}
+    assert held.ids()
     with engine_with({"held": held}) as engine:
-        model = load_stub(engine, tier=["ram", "held"], kv_class=kv_class)
-        read = model.complete(PROMPT * 3, response_tokens=2).cache_delta.read
-        assert read >= len(PROMPT * 3) - 1
-        again = model.complete(PROMPT, response_tokens=2, cache_salt="a")
-        assert (again.cache_hit_kind, again.generated) == ("exact", salted.generated)
+        model = load_stub(engine, tier=["ram", "held"])
+        again = model.complete(PROMPT * 3, response_tokens=1, cache_salt="a")
+        assert again.cache_delta.read >= 64
 
 
 def test_gc_hands_nothing_down() -> None:

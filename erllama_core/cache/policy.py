@@ -1,4 +1,4 @@
-"""When a context is saved, and how it is cut."""
+"""When a context is saved, how it is cut, and which tiers get it."""
 
 from __future__ import annotations
 
@@ -16,12 +16,6 @@ class SavePolicy:
     All counts are tokens.
     """
 
-    write: WriteMode = "through"
-    """``"through"``: every tier of the model gets what is saved. ``"back"``: the first that takes
-    it, and the next one when it is evicted there; finished contexts also a tier that lasts."""
-    promote: bool = True
-    """Keep what was read from a further tier in the nearest one in memory as well."""
-
     min_tokens: int = 64
     """Contexts shorter than this are not saved at all."""
     cold_min_tokens: int = 64
@@ -35,6 +29,11 @@ class SavePolicy:
     """No stored block crosses a multiple of this; it is also the longest block."""
     prefill_chunk_size: int | None = None
     """Prompt tokens in one step, at most. None: a quarter of n_batch, 64 at least."""
+    write: WriteMode = "through"
+    """``"through"``: every tier of the model gets what is saved. ``"back"``: the first that takes
+    it, and the next one when it is evicted there; finished contexts also a tier that lasts."""
+    promote: bool = True
+    """Keep what was read from a further tier in the nearest one in memory as well."""
 
     def problems(self) -> list[tuple[str, str]]:
         """What is wrong with the values, as (field, message); empty when nothing is."""

@@ -16,6 +16,7 @@ from erllama_core.cache.loader import Fetch
 from erllama_core.cache.lookup import Divergence, Finder, Match
 from erllama_core.cache.marks import MARK_SIZE, encode_mark
 from erllama_core.cache.policy import WriteMode
+from erllama_core.cache.tiers import TierStore
 from erllama_core.interfaces.backend import KVClass, Mark
 from erllama_core.interfaces.block import ObjectId, ObjectKind
 
@@ -61,6 +62,11 @@ class ModelSpace:
         self.align_tokens: Final = align_tokens
         self.mark_size: Final = MARK_SIZE if kv_class is KVClass.SPAN else None
         """Logits kept of a mark. All of them where no token can be computed again."""
+
+    @property
+    def tiers(self) -> tuple[TierStore, ...]:
+        """The model's tiers, nearest first."""
+        return self._tiers
 
     @property
     def has_tiers(self) -> bool:

@@ -101,8 +101,6 @@ class _Passage:
     """Of the copy that it is made of; it is stored only in place of what is worth less."""
     otherwise: tuple[TierStore, ...] = ()
     """Where it goes when the tier does not take it."""
-    until_s: float | None = None
-    """When it is too late to begin, on the monotonic clock."""
     is_stored: bool = False
     _head: bytes = b""
     _lock: threading.Lock = attrs.field(factory=threading.Lock)
@@ -229,7 +227,7 @@ class Flow:
             for entry in entries:
                 there = [store for store in route.lasting if _is_in(entry, store)]
                 if not there:
-                    self._copy_to(route.lasting[0], entry, route, durable=True)
+                    self._copy_later(route.lasting[0], entry, route)
                 for store in there:
                     if store in self._unsynced:
                         late.setdefault(store, []).append(entry.object_id)
@@ -274,7 +272,10 @@ class Flow:
         return hanging
 
     def _rescue(self) -> None:
-        """Hand down what write-back has left in memory alone, worth most first."""
+        """Hand down what write-back has left in memory alone, worth most first.
+
+        Of a context its beginning comes before what hangs on it.
+        """
         until_s = time.monotonic() + self._patience_s
         found: list[tuple[int, Entry, Route, TierStore]] = []
         with self._catalog.lock:
@@ -289,7 +290,7 @@ class Flow:
                         break
             found.sort(key=lambda item: item[0], reverse=True)
             for _, entry, route, target in found:
-                self._copy_to(target, entry, route, until_s=until_s)
+                self._copy_later(target, entry, route, until_s)
 
     # -------------------------------------------------------------- the way down
 
@@ -357,40 +358,49 @@ class Flow:
                 self._send((target,), _remade(entry, pages, copy, route, durable=durable))
         pages.release()
 
-    def _copy_to(
-        self,
-        target: TierStore,
-        entry: Entry,
-        route: Route,
-        *,
-        durable: bool = False,
-        until_s: float | None = None,
+    def _copy_later(
+        self, target: TierStore, entry: Entry, route: Route, until_s: float | None = None
     ) -> None:
-        """Hand over an object that memory holds to a further tier. Under the lock.
+        """Have a further tier store an object that is in a nearer one. Under the lock.
 
-        It takes up no memory that it has not already; only a finished context, which goes on
-        being used, is held to the bound.
+        It is looked for when its turn comes, so however much waits takes up no memory.
         """
-        copy = next(iter(entry.copies), None)
-        size = len(entry.pages.view) if entry.pages is not None else copy.size_bytes if copy else 0
-        if not size or not self._lanes[target].reserve(size, beyond_bound=until_s is not None):
-            self._catalog.counters.drop_in_tier(target.name)
-            return
-        pages = _in_memory(entry)
-        if pages is not None:
-            passage = _remade(entry, pages, copy, route, durable=durable)
-            passage.size, passage.until_s = size, until_s
-            self._send((target,), passage)
-            pages.release()
-        elif copy is not None:
+        copy = functools.partial(self._copy, target, entry, route, until_s)
+        self._lanes[target].submit(Work(copy, _nothing))
+
+    def _copy(self, target: TierStore, entry: Entry, route: Route, until_s: float | None) -> None:
+        """On a thread of the target's lane. ``until_s``: when it is too late, and for a
+        finished context, which is made durable, None.
+        """
+        durable = until_s is None
+        with self._catalog.lock:
+            there = _is_in(entry, target)
+            pages = None if there else _in_memory(entry)
+            copy = next(iter(entry.copies), None)
+            if pages is not None:
+                passage = _remade(entry, pages, copy, route, durable=durable)
+                passage.pages = entry.pages = pages
+                entry.writing += (target,)
+        if there:  # by another way, meanwhile
+            if durable and target in self._unsynced:
+                self._unsynced[target].sync((entry.object_id,))
+        elif pages is not None:
+            if until_s is None or time.monotonic() < until_s:
+                self._write(target, passage)
+            else:
+                self._is_over(target, passage, stored=False)
+        elif copy is not None and self._lanes[target].reserve(copy.size_bytes):
+            # The other tier may hang: its own threads wait for it.
             self._lanes[copy.tier].submit(
                 Work(
                     functools.partial(
                         self._read_and_send, target, entry, copy, route, durable=durable
                     ),
-                    functools.partial(self._lanes[target].unreserve, size),
+                    functools.partial(self._lanes[target].unreserve, copy.size_bytes),
                 )
             )
+        else:
+            self._catalog.counters.drop_in_tier(target.name)
 
     # -------------------------------------------------------------------- inside
 
@@ -423,7 +433,7 @@ class Flow:
         """On a thread of the tier's lane."""
         stored = False
         try:
-            if not self._is_worth_it(passage):
+            if not self._is_reachable(passage):
                 passage.otherwise = ()
                 return
             self._catalog.put(
@@ -443,13 +453,11 @@ class Flow:
         finally:
             self._is_over(store, passage, stored=stored)
 
-    def _is_worth_it(self, passage: _Passage) -> bool:
-        """Whether there is time, and the block that this one goes on from is still there.
+    def _is_reachable(self, passage: _Passage) -> bool:
+        """Whether the block that this one goes on from is still there.
 
         A context that is larger than its tiers loses its end, not its beginning.
         """
-        if passage.until_s is not None and time.monotonic() > passage.until_s:
-            return False
         with self._catalog.lock:
             after = passage.after
             return after is None or bool(after.copies) or after.pages is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -470,7 +471,14 @@ def test_what_is_asked_for_while_it_is_written_is_synced_then() -> None:
     """sync() of objects on their way, written and unknown: each that comes is synced once."""
     held = HeldTier()
     synced: list[list[ObjectId]] = []
-    held.make_durable = lambda ids: synced.append(list(ids))  # type: ignore[method-assign]
+
+    def keep(object_ids: Sequence[ObjectId]) -> None:
+        synced.append(list(object_ids))
+
+    def broken(object_ids: Sequence[ObjectId]) -> None:
+        raise OSError(5, "I/O error")
+
+    held.make_durable = keep  # type: ignore[method-assign]
     coming, written, unknown, lost = (ObjectId(ObjectKind.KV, n, bytes(32)) for n in range(4))
     with Cache([NamedTier("held", "held", held)]) as cache:
         unsynced = Unsynced(cache.catalog.store("held"), held)
@@ -486,15 +494,12 @@ def test_what_is_asked_for_while_it_is_written_is_synced_then() -> None:
         unsynced.sync([coming, written, lost])
         assert synced == [[written], [coming]]
 
-        def broken(_: object) -> None:
-            raise OSError(5, "I/O error")
-
         unsynced.expect(coming)
         unsynced.settle(coming, stored=True)
         held.make_durable = broken  # type: ignore[method-assign]
         with capture_logs():
             unsynced.sync([coming])
-        held.make_durable = lambda ids: synced.append(list(ids))  # type: ignore[method-assign]
+        held.make_durable = keep  # type: ignore[method-assign]
         unsynced.sync([coming])
         assert synced[-1] == [coming], "what failed is tried again"
 

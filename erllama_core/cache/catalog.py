@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Final
 
 import attrs
 
 from erllama_core.cache.counters import CounterSet
-from erllama_core.cache.eviction import EvictionQueue
+from erllama_core.cache.eviction import EvictionQueue, Use
 from erllama_core.cache.index import Copy, Entry, Index
 from erllama_core.cache.pages import PagePool
 from erllama_core.cache.tiers import NamedTier, TierStore
@@ -48,6 +48,11 @@ class Catalog:
         self.pool: Final = pool
         self.stores: Final = {tier.name: TierStore(tier, self.counters) for tier in tiers}
         self.queues: Final = {store: EvictionQueue(store) for store in self.stores.values()}
+        self.before_deletion: Callable[
+            [TierStore, Sequence[tuple[Entry, Copy]]], Sequence[Callable[[], None]]
+        ] = _let_go
+        """Called under the lock with what is evicted, which is in the tier still; what it
+        returns is called without the lock, before anything is deleted."""
         self.clock: Callable[[], int] = time.time_ns
         """When objects are used, in nanoseconds; another one replays what was recorded."""
         self.stopwatch: Callable[[], float] = time.perf_counter
@@ -73,10 +78,12 @@ class Catalog:
         save_reason: str,
         *,
         durable: bool = False,
+        use: Use | None = None,
     ) -> None:
         """Store an object in a tier, making room first, and take note of it.
 
-        Pages are kept as they are by a tier that can. Raises CacheError.
+        Pages are kept as they are by a tier that can. ``use``: of the copy in another tier that
+        this one is made of; nothing that is worth more is evicted for it. Raises CacheError.
         """
         size = len(head) + len(payload if isinstance(payload, memoryview) else payload.view)
         usage = store.usage()
@@ -84,14 +91,14 @@ class Catalog:
             if size > usage.quota_bytes:
                 raise TierFull(f"{size} bytes in a tier of {usage.quota_bytes}")
             if usage.used_bytes + size > usage.quota_bytes:
-                self.evict(store, usage.used_bytes + size - usage.quota_bytes)
+                self.evict(store, usage.used_bytes + size - usage.quota_bytes, worth_less_than=use)
         try:
-            self._write(store, entry, head, payload, save_reason, durable)
+            self._write(store, entry, head, payload, save_reason, durable, use)
         except TierFull:
             # Others filled it meanwhile, or the device is smaller than the quota.
-            if not self.evict(store, 2 * size).rows:
+            if not self.evict(store, 2 * size, worth_less_than=use).rows:
                 raise
-            self._write(store, entry, head, payload, save_reason, durable)
+            self._write(store, entry, head, payload, save_reason, durable, use)
 
     def _write(
         self,
@@ -101,6 +108,7 @@ class Catalog:
         payload: memoryview | Pages,
         save_reason: str,
         durable: bool,
+        use: Use | None,
     ) -> None:
         object_id = entry.object_id
 
@@ -116,17 +124,25 @@ class Catalog:
 
         with store.changing(object_id):
             size = store.attempt(write, "write")
-            self.add_copy(store, entry, size, self.clock(), save_reason)
+            used_ns, hits = (self.clock(), 0) if use is None else (use.last_used_ns, use.hits)
+            self.add_copy(store, entry, size, used_ns, save_reason, hits)
         self.counters.add("bytes_written", size)
 
     def add_copy(
-        self, store: TierStore, entry: Entry, size: int, last_used_ns: int, save_reason: str
+        self,
+        store: TierStore,
+        entry: Entry,
+        size: int,
+        last_used_ns: int,
+        save_reason: str,
+        hits: int = 0,
     ) -> None:
         """Take note that a tier has an object."""
         with self.lock:
             entry = self.index.add(entry)
             if entry.copy_in(store) is None:
                 copy = Copy(store, size, last_used_ns, save_reason)
+                copy.hits = hits
                 entry.copies.append(copy)
                 self.queues[store].add(entry, copy)
 
@@ -183,14 +199,29 @@ class Catalog:
                     copy.last_used_ns = now - back
                     copy.hits += 1
 
-    def evict(self, store: TierStore, n_bytes: int) -> Evicted:
-        """Free at least ``n_bytes`` in one tier, least worth first; less when no more can go."""
+    def evict(
+        self,
+        store: TierStore,
+        n_bytes: int,
+        *,
+        worth_less_than: Use | None = None,
+        for_good: bool = False,
+    ) -> Evicted:
+        """Free at least ``n_bytes`` in one tier, least worth first; less when no more can go.
+
+        ``for_good``: what goes is not passed on to another tier.
+        """
         with self.lock:
             victims = self.queues[store].take(
-                n_bytes, lambda entry: self.index.has_dependants(entry, store)
+                n_bytes,
+                lambda entry: self.index.has_dependants(entry, store),
+                None if worth_less_than is None else worth_less_than.score_ns,
             )
+            reads = () if for_good else self.before_deletion(store, victims)
             for entry, _ in victims:
                 self.drop_if_gone(entry)
+        for read in reads:
+            read()
         rows = freed = 0
         for entry, copy in victims:
             try:
@@ -218,13 +249,26 @@ class Catalog:
                     return 0
             return store.attempt(lambda: store.tier.delete(object_id), "delete")
 
-    def close(self) -> None:
-        """Forget everything and close the tiers."""
+    def close(self, hanging: Collection[TierStore] = ()) -> None:
+        """Forget everything and close the tiers; those that hang without waiting for them."""
         with self.lock:
             self.index.clear()
         for store in self.stores.values():
-            try:
-                store.attempt(store.tier.close, "close")
-            except CacheError:
-                continue
+            if store in hanging:
+                threading.Thread(
+                    target=_close, args=(store,), name=f"erllama-close-{store.name}", daemon=True
+                ).start()
+            else:
+                _close(store)
         self.pool.clear()
+
+
+def _close(store: TierStore) -> None:
+    try:
+        store.attempt(store.tier.close, "close")
+    except CacheError:
+        return  # counted and logged
+
+
+def _let_go(_: TierStore, __: Sequence[tuple[Entry, Copy]]) -> Sequence[Callable[[], None]]:
+    return ()

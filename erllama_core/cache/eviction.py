@@ -7,6 +7,8 @@ import math
 from collections.abc import Callable
 from typing import Final
 
+import attrs
+
 from erllama_core.cache.index import Copy, Entry
 from erllama_core.cache.tiers import TierStore
 
@@ -20,9 +22,26 @@ On the public serving trace of Kimi (Mooncake, FAST '25) 60 to 300 does best in 
 _SLACK: Final = 1000
 
 
+@attrs.frozen
+class Use:
+    """How much a copy was used: what it is worth, and what one that is made of it begins with."""
+
+    last_used_ns: int
+    hits: int
+
+    @property
+    def score_ns(self) -> int:
+        """What it is worth keeping: later use and more hits are worth more."""
+        return _score_ns(self.last_used_ns, self.hits)
+
+
 def score_ns(copy: Copy) -> int:
     """What a copy is worth keeping: later use and more hits are worth more."""
-    return copy.last_used_ns + int(HIT_WEIGHT_S * 1e9 * math.log2(1 + copy.hits))
+    return _score_ns(copy.last_used_ns, copy.hits)
+
+
+def _score_ns(last_used_ns: int, hits: int) -> int:
+    return last_used_ns + int(HIT_WEIGHT_S * 1e9 * math.log2(1 + hits))
 
 
 class EvictionQueue:
@@ -51,8 +70,12 @@ class EvictionQueue:
         """An object left the tier in another way than by eviction."""
         self._live -= 1
 
-    def take(self, n_bytes: int, is_needed: Callable[[Entry], bool]) -> list[tuple[Entry, Copy]]:
+    def take(
+        self, n_bytes: int, is_needed: Callable[[Entry], bool], below_ns: int | None = None
+    ) -> list[tuple[Entry, Copy]]:
         """Take copies of ``n_bytes`` out of their entries; fewer when no more can go.
+
+        With ``below_ns`` only what has a lower score goes.
 
         An object that others in this tier need is kept aside until the last of those has
         gone: a context is taken from its end. The caller deletes the objects.
@@ -65,6 +88,9 @@ class EvictionQueue:
             copy = entry.copy_in(self._store)
             if copy is None:
                 continue
+            if below_ns is not None and believed >= below_ns:
+                self._push(entry, copy)
+                break
             if score_ns(copy) > believed:
                 self._push(entry, copy)
             elif copy.users or is_needed(entry):

@@ -5,8 +5,9 @@ block crosses one. A segment is found by the key of its start, one dictionary lo
 it, blocks are sorted by their *path*, the tokens from the segment's start to the block's end.
 The block that shares most with a prompt is then next to the place where the prompt itself
 would stand, however many blocks begin alike. A block that starts inside a segment hangs on
-the block in which its start lies; while that one is missing it is an orphan, which no look-up
-sees, and it is attached again when any block with the same tokens comes.
+the block in which its start lies; while that one is missing it is an orphan, which holds
+nothing else, and it is attached again when any block with the same tokens comes. A look-up
+asks which blocks can be had, and so goes by where blocks start, not by what they hang on.
 
 Most objects are whole blocks in a row, so what only other places need is made when they need
 it: a segment of one block is that block, and a key is kept once, by the block that ends there
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 import bisect
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Final
 
 from erllama_core.cache.anchors import split_anchors
@@ -63,6 +64,11 @@ class Copy:
         """Reads going on; a copy in use is not evicted."""
         self.rests_until_s = 0.0
         """After a failed read, on the monotonic clock: it is there, but not to be had now."""
+
+    @property
+    def is_resting(self) -> bool:
+        """Whether it is left alone for now, or its whole tier is."""
+        return max(self.rests_until_s, self.tier.rests_until_s) > time.monotonic()
 
 
 class Entry:
@@ -132,7 +138,7 @@ class Entry:
         """The copies to be had now, in the order of ``tiers``."""
         for tier in tiers:
             copy = self.copy_in(tier)
-            if copy is not None and copy.rests_until_s <= time.monotonic():
+            if copy is not None and not copy.is_resting:
                 yield copy
 
 
@@ -140,10 +146,14 @@ def _path(entry: Entry) -> bytes:
     return entry.path
 
 
+def _tokens(entry: Entry) -> bytes:
+    return entry.tokens
+
+
 class Segment:
     """The objects between two aligned positions of all contexts that begin alike."""
 
-    __slots__ = ("blocks", "orphans", "snapshots")
+    __slots__ = ("_by_lead", "_leads", "blocks", "orphans", "snapshots")
 
     def __init__(self, *blocks: Entry) -> None:
         self.blocks: list[Entry] = list(blocks)
@@ -151,10 +161,56 @@ class Segment:
         self.orphans: list[Entry] = []
         self.snapshots: list[Entry] = []
         """Sorted by path."""
+        self._by_lead: dict[bytes, list[Entry]] = {}
+        """All kv blocks, orphans too, by what is before them; each list sorted by tokens."""
+        self._leads: dict[int, int] = {}
+        """How many different leads there are of each length, in bytes."""
+        for block in blocks:
+            self.list_block(block)
 
     @property
     def is_empty(self) -> bool:
         return not (self.blocks or self.orphans or self.snapshots)
+
+    def list_block(self, entry: Entry) -> None:
+        """Have ``cover`` see a kv block."""
+        alike = self._by_lead.get(entry.lead)
+        if alike is None:
+            self._by_lead[entry.lead] = [entry]
+            self._leads[len(entry.lead)] = self._leads.get(len(entry.lead), 0) + 1
+        else:
+            bisect.insort(alike, entry, key=_tokens)
+
+    def unlist_block(self, entry: Entry) -> None:
+        """Have ``cover`` no longer see a kv block."""
+        alike = self._by_lead[entry.lead]
+        _remove_sorted(alike, entry, _tokens)
+        if not alike:
+            del self._by_lead[entry.lead]
+            self._leads[len(entry.lead)] -= 1
+            if not self._leads[len(entry.lead)]:
+                del self._leads[len(entry.lead)]
+
+    def cover(self, tokens: bytes, usable: Callable[[Entry], bool]) -> list[tuple[Entry, int]]:
+        """The usable blocks that bring ``tokens`` furthest, in order, each with how far.
+
+        Only what ``usable`` allows counts, so that a block which cannot be had now never hides
+        one that can. Blocks are tried by where they start: one that starts beyond what those
+        before it cover is of no use, nor is any after it.
+        """
+        found: list[tuple[Entry, int]] = []
+        reach = 0
+        for lead in sorted(self._leads):
+            if lead > reach * TOKEN_BYTES:
+                break
+            alike = self._by_lead.get(tokens[:lead])
+            if alike is not None:
+                before = lead // TOKEN_BYTES
+                best = _furthest(alike, tokens[lead:], reach - before, usable)
+                if best is not None:
+                    reach = before + best[1]
+                    found.append((best[0], reach))
+        return found
 
     def nearest_block(self, tokens: bytes) -> tuple[Entry, int] | None:
         """The block that shares most with ``tokens`` from the segment's start, and how much.
@@ -241,6 +297,10 @@ class Index:
         known = self._segments.get(key)
         return Segment(known) if isinstance(known, Entry) else known
 
+    def segment_or_block(self, key: bytes) -> Segment | Entry | None:
+        """Like ``segment``; a block that is all of its segment stands for it."""
+        return self._segments.get(key)
+
     def add(self, entry: Entry) -> Entry:
         """Add an object, or find the one of the same name that is there already."""
         key = entry.object_id.key
@@ -265,6 +325,7 @@ class Index:
                 self._adopt_orphans(segment)
             else:
                 segment.orphans.append(entry)
+            segment.list_block(entry)
         elif entry.object_id.kind is ObjectKind.SNAPSHOT:
             bisect.insort(self._segment(entry.segment_key).snapshots, entry, key=_path)
         return entry
@@ -292,11 +353,13 @@ class Index:
             return  # what is removed is a mark beside a lone block
         if entry.object_id.kind is ObjectKind.SNAPSHOT:
             _remove_sorted(segment.snapshots, entry)
-        elif entry in segment.orphans:
-            segment.orphans.remove(entry)
         elif entry.object_id.kind is ObjectKind.KV:
-            segment.orphans.extend(self._detach(segment, entry))
-            self._adopt_orphans(segment)
+            segment.unlist_block(entry)
+            if entry in segment.orphans:
+                segment.orphans.remove(entry)
+            else:
+                segment.orphans.extend(self._detach(segment, entry))
+                self._adopt_orphans(segment)
         if segment.is_empty:
             del self._segments[entry.segment_key]
 
@@ -422,8 +485,30 @@ def _holder(segment: Segment, lead: bytes) -> Entry | None:
     return entry
 
 
-def _remove_sorted(entries: list[Entry], entry: Entry) -> None:
-    at = bisect.bisect_left(entries, entry.path, key=_path)
+def _furthest(
+    alike: list[Entry], tokens: bytes, least: int, usable: Callable[[Entry], bool]
+) -> tuple[Entry, int] | None:
+    """Of blocks with one lead, the usable one that shares most, if more than ``least``.
+
+    On either side of the place of ``tokens``, a block further away shares no more.
+    """
+    at = bisect.bisect_left(alike, tokens, key=_tokens)
+    best: Entry | None = None
+    for side in (range(at, len(alike)), range(at - 1, -1, -1)):
+        for number in side:
+            shared = common_tokens(alike[number].tokens, tokens)
+            if shared <= least:
+                break
+            if usable(alike[number]):
+                best, least = alike[number], shared
+                break
+    return None if best is None else (best, least)
+
+
+def _remove_sorted(
+    entries: list[Entry], entry: Entry, key: Callable[[Entry], bytes] = _path
+) -> None:
+    at = bisect.bisect_left(entries, key(entry), key=key)
     while entries[at] is not entry:
         at += 1
     del entries[at]

@@ -1,10 +1,12 @@
-"""When a context is saved, and how it is cut."""
+"""When a context is saved, how it is cut, and which tiers get it."""
 
 from __future__ import annotations
 
 from typing import Literal
 
 import attrs
+
+WriteMode = Literal["through", "back"]
 
 
 @attrs.frozen(kw_only=True)
@@ -39,6 +41,12 @@ class SavePolicy:
     cost_gate: Literal["auto", "off"] = "auto"
     """``"auto"``: what is clearly sooner computed than restored is computed, where the backend
     can tell what things cost. ``"off"``: whatever is stored is restored."""
+
+    write: WriteMode = "through"
+    """``"through"``: every tier of the model gets what is saved. ``"back"``: the first that takes
+    it, and the next one when it is evicted there; finished contexts also a tier that lasts."""
+    promote: bool = True
+    """Keep what was read from a further tier in the nearest one in memory as well."""
 
     def cold_boundary(self, prompt: int, align_tokens: int) -> int:
         """Up to where a prompt of so many tokens is saved while it is computed; 0: not at all.

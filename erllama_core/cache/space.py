@@ -10,14 +10,15 @@ import attrs
 
 from erllama_core.cache.anchors import Rendering, TextKeys
 from erllama_core.cache.cache import Cache
+from erllama_core.cache.flow import Draft, Route, SaveBuffer
 from erllama_core.cache.gate import CostGate, Portion
 from erllama_core.cache.index import Entry
 from erllama_core.cache.keys import ContextKeys, salted
 from erllama_core.cache.loader import Fetch
 from erllama_core.cache.lookup import Divergence, Finder, Match
 from erllama_core.cache.marks import MARK_SIZE, encode_mark
-from erllama_core.cache.pages import PooledPages
-from erllama_core.cache.writer import Draft
+from erllama_core.cache.policy import WriteMode
+from erllama_core.cache.tiers import TierStore
 from erllama_core.interfaces.backend import KVClass, Mark
 from erllama_core.interfaces.block import ObjectId, ObjectKind
 from erllama_core.results import GateEstimate
@@ -51,23 +52,31 @@ class ModelSpace:
         align_tokens: int,
         rendering: Rendering | None = None,
         gate: CostGate | None = None,
+        write: WriteMode = "through",
+        promote: bool = True,
     ) -> None:
         self._cache: Final = cache
         self._catalog: Final = cache.catalog
+        self._flow: Final = cache.flow
         self._namespace: Final = namespace
         self._rendering: Final = rendering
         self._tiers: Final = tuple(cache.catalog.store(name) for name in tiers)
         self._finder: Final = Finder(cache.catalog.index, kv_class, self._tiers)
-        nearest = self._tiers[0] if self._tiers else None
-        self._promote_to: Final = (
-            nearest if nearest is not None and nearest.keeps is not None else None
-        )
+        in_memory = (store for store in self._tiers if store.keeps is not None)
+        self._promote_to: Final = next(in_memory, None) if promote else None
+        self._route: Final = Route(self._tiers, write == "back", align_tokens)
+        self._flow.register(namespace, self._route)
         self.gate: Final = gate
         """None: whatever is stored is restored."""
         self.kv_class: Final = kv_class
         self.align_tokens: Final = align_tokens
         self.mark_size: Final = MARK_SIZE if kv_class is KVClass.SPAN else None
         """Logits kept of a mark. All of them where no token can be computed again."""
+
+    @property
+    def tiers(self) -> tuple[TierStore, ...]:
+        """The model's tiers, nearest first."""
+        return self._tiers
 
     @property
     def has_tiers(self) -> bool:
@@ -77,6 +86,8 @@ class ModelSpace:
     def keys(self, tokens: bytearray, salt: str | None) -> ContextKeys:
         """The keys of a context that will grow; ``tokens`` stays the caller's. Thread-safe."""
         namespace = salted(self._namespace, salt)
+        if salt is not None:
+            self._flow.register(namespace, self._route)
         text = None
         if self._rendering is not None:
             text = TextKeys(namespace, self._rendering, tokens)
@@ -271,33 +282,49 @@ class ModelSpace:
             entry = self._catalog.index.get(object_id)
             return entry is not None and self._finder.readable(entry)
 
-    def reserve(self, size: int, *, beyond_bound: bool = False) -> PooledPages | None:
-        """Pages to copy state into; None when too much is on its way already."""
-        return self._cache.reserve(size, beyond_bound=beyond_bound)
+    def reserve(self, size: int, *, beyond_bound: bool = False) -> SaveBuffer | None:
+        """A buffer to copy state into; None when too much is on its way to every tier."""
+        return self._flow.reserve(size, self._route, beyond_bound=beyond_bound)
 
-    def forgo(self, pages: PooledPages) -> None:
-        """Give pages back, unsaved."""
-        self._cache.forgo(pages)
+    def forgo(self, buffer: SaveBuffer) -> None:
+        """Give a buffer back, unsaved."""
+        self._flow.forgo(buffer)
 
     def submit_block(
-        self, keys: ContextKeys, block: NewBlock, pages: PooledPages, reason: str
+        self, keys: ContextKeys, block: NewBlock, buffer: SaveBuffer, reason: str
     ) -> None:
-        """Store a block whose cells were copied into ``pages``, which are handed over."""
-        self._submit(ObjectKind.KV, keys, block.start, block.end, pages, reason, block.absorbs)
+        """Store a block whose cells were copied into ``buffer``, which is handed over."""
+        self._submit(ObjectKind.KV, keys, block.start, block.end, buffer, reason, block.absorbs)
 
     def submit_snapshot(
-        self, keys: ContextKeys, position: int, pages: PooledPages, reason: str
+        self, keys: ContextKeys, position: int, buffer: SaveBuffer, reason: str
     ) -> None:
-        """Store the snapshot at ``position``, copied into ``pages``, which are handed over."""
-        self._submit(ObjectKind.SNAPSHOT, keys, position, position, pages, reason)
+        """Store the snapshot at ``position``, copied into ``buffer``, which is handed over."""
+        self._submit(ObjectKind.SNAPSHOT, keys, position, position, buffer, reason)
 
     def submit_mark(self, keys: ContextKeys, position: int, mark: Mark, reason: str) -> None:
         """Store the logits after the first ``position`` tokens."""
         payload = encode_mark(mark)
-        pages = self._cache.reserve(len(payload))
-        if pages is not None:
-            pages.view[:] = payload
-            self._submit(ObjectKind.LOGITS, keys, position, position, pages, reason)
+        buffer = self.reserve(len(payload))
+        if buffer is not None:
+            buffer.view[:] = payload
+            self._submit(ObjectKind.LOGITS, keys, position, position, buffer, reason)
+
+    def make_durable(self, keys: ContextKeys, n: int) -> None:
+        """Have a tier that lasts keep the first ``n`` tokens' state, so that no power cut takes it.
+
+        For a context that is finished, whose beginning was saved before that was known.
+        """
+        with self._catalog.lock:
+            entries = []
+            if self.kv_class is not KVClass.WHOLE:
+                _, pieces = self._finder.chain(keys, n)
+                entries += [piece.entry for piece in pieces]
+            for kind in (ObjectKind.SNAPSHOT, ObjectKind.LOGITS):
+                entry = self._catalog.index.get(ObjectId(kind, n, keys.key(n)))
+                if entry is not None:
+                    entries.append(entry)
+        self._flow.make_durable(entries, self._route)
 
     def count_unsaved(self) -> None:
         """Count a save that failed before it came to anything."""
@@ -323,14 +350,14 @@ class ModelSpace:
         keys: ContextKeys,
         start: int,
         end: int,
-        pages: PooledPages,
+        buffer: SaveBuffer,
         reason: str,
         absorbs: Entry | None = None,
     ) -> None:
         segment_start = keys.segment_start(end)
         after = self._block_before(keys, start)
         if after is None and start and self.kv_class is not KVClass.WHOLE:
-            self._cache.forgo(pages)  # what it goes on from was evicted meanwhile
+            self._flow.forgo(buffer)  # what it goes on from was evicted meanwhile
             self._catalog.counters.add("saves_dropped")
             return
         entry = Entry(
@@ -342,8 +369,7 @@ class ModelSpace:
             keys.slice(start, end),
             self._anchors(kind, keys, start, end),
         )
-        draft = Draft(entry, pages, self._tiers, reason, self.align_tokens, after, absorbs)
-        self._cache.submit(draft)
+        self._flow.submit(Draft(entry, buffer, self._route, reason, after, absorbs))
 
     def _anchors(self, kind: ObjectKind, keys: ContextKeys, start: int, end: int) -> bytes:
         """A block names what is in it; what stands at one position names the context's end."""

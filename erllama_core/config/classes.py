@@ -90,13 +90,21 @@ class CacheConfig(SavePolicy):
     """``[cache]``: the save policy of every model, and the flow of bytes to the tiers."""
 
     max_inflight_bytes: ByteSize = _INFLIGHT_BYTES
-    """State that waits to be written, at most; a save beyond it is dropped and counted."""
+    """State that waits to be written to one tier, at most; that tier goes without what is
+    beyond it, which is counted."""
     writer_threads: int = 1
+    """For each tier."""
     loader_threads: int = 2
+    """For each tier that is read from."""
+    read_timeout_ms: int = 5000
+    """What takes longer to read is computed instead, and its tier left alone for a while."""
+    write_timeout_ms: int = 30000
+    """``flush`` and ``close`` wait no longer for a tier that does nothing."""
 
     def problems(self) -> list[Problem]:
         found = super().problems()
         found += _too_small(self, max_inflight_bytes=1, writer_threads=1, loader_threads=1)
+        found += _too_small(self, read_timeout_ms=1, write_timeout_ms=1)
         return found
 
 

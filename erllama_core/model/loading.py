@@ -92,6 +92,8 @@ def open_model(
             align_tokens=longest,
             rendering=rendering,
             gate=_gate(context, policy, cache),
+            write=policy.write,
+            promote=policy.promote,
         )
 
     chosen = config.context_opts

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from typing import Final
 
 from erllama_core.cache.counters import SaveReason
+from erllama_core.cache.flow import DURABLE_REASONS, SaveBuffer
 from erllama_core.cache.keys import ContextKeys
-from erllama_core.cache.pages import PooledPages
 from erllama_core.cache.policy import SavePolicy
 from erllama_core.cache.space import ModelSpace, NewBlock
 from erllama_core.interfaces.backend import Context, KVClass, RangeExport
@@ -111,6 +111,8 @@ class Saver:
             self._save_end(request, row, reason)
             assert request.keys is not None
             self._space.touch(request.keys, request.computed)
+            if reason in DURABLE_REASONS:
+                self._space.make_durable(request.keys, request.computed)
 
     def before_loss(self, request: Request) -> None:
         """A request that has ended is about to lose its sequence: save what is not stored."""
@@ -136,7 +138,7 @@ class Saver:
         assert keys is not None
         if self._space.kv_class is KVClass.WHOLE:
             return
-        blocks: list[tuple[NewBlock, PooledPages]] = []
+        blocks: list[tuple[NewBlock, SaveBuffer]] = []
         try:
             position = self._lay_out(request, keys, end, blocks)
             self._export(request, blocks)
@@ -153,7 +155,7 @@ class Saver:
         request: Request,
         keys: ContextKeys,
         end: int,
-        blocks: list[tuple[NewBlock, PooledPages]],
+        blocks: list[tuple[NewBlock, SaveBuffer]],
     ) -> int:
         """Add the blocks that are missing before ``end``, while there is room; up to where."""
         position = request.saved
@@ -169,7 +171,7 @@ class Saver:
             position = block.end
         return position
 
-    def _export(self, request: Request, blocks: Sequence[tuple[NewBlock, PooledPages]]) -> None:
+    def _export(self, request: Request, blocks: Sequence[tuple[NewBlock, SaveBuffer]]) -> None:
         """Copy all of them at once: it may cost as much as copying one."""
         if not blocks:
             return
@@ -202,7 +204,7 @@ class Saver:
 
     def _copy(
         self, request: Request, size: int, export: Callable[[memoryview], None]
-    ) -> PooledPages | None:
+    ) -> SaveBuffer | None:
         pages = self._space.reserve(size, beyond_bound=request.is_last_save)
         if pages is None:
             request.drops += 1

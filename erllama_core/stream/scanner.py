@@ -128,8 +128,7 @@ class Scanner:
             if best is not None and not self._can_be_beaten(best, node, position):
                 return self._take_out(best)
         keep_from = position - automaton.depth[node]
-        if best is not None:
-            keep_from = min(keep_from, best[0])
+        if best is not None:  # what can beat it began no later, so it is held too
             best = (best[0] - keep_from, best[1])
         free, self._held = _cut(self._held, keep_from)
         self._node, self._length, self._best = node, position - keep_from, best

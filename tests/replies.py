@@ -11,7 +11,7 @@ from erllama_core import Prompt, TextDelta, ThinkingDelta, ThinkingEnd, ToolCall
 from erllama_core.host import PluginHost
 from erllama_core.interfaces.stream import Event, ProcessorRequest
 from erllama_core.providers import NoOptions, StreamProcessorProvider
-from erllama_core.signing import no_signature
+from erllama_core.signing import NoSignature
 from erllama_core.stream.pipeline import Pipeline, Stage
 
 Token = tuple[bytes, bool]
@@ -61,7 +61,7 @@ def make_pipeline(
         )
         for name in names
     ]
-    defaults = {"prompt": Prompt([0]), "vocabulary": VOCABULARY, "sign": no_signature}
+    defaults = {"prompt": Prompt([0]), "vocabulary": VOCABULARY, "begin_signature": NoSignature}
     make: Any = functools.partial(ProcessorRequest, **{**defaults, **request})
     return Pipeline(vocabulary, stages, make, may_swap=may_swap)
 

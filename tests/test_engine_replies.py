@@ -165,8 +165,8 @@ def test_overlapping_and_repeated_stops(engine: Engine) -> None:
     prompt = model.apply_chat_template(CHAT)
     done = model.complete(prompt, stop_sequences=("ND", "END", "END.", "ND"))
     assert (done.reply, done.stop_sequence) == ("say ", "END")
-    for none in ([], None):
-        assert model.complete(prompt, stop_sequences=none).reply == "say END."
+    assert model.complete(prompt, stop_sequences=[]).reply == "say END."
+    assert model.complete(prompt, stop_sequences=None).reply == "say END."
 
 
 def test_a_model_without_the_processor_refuses_stops(engine: Engine) -> None:
@@ -369,3 +369,44 @@ def test_the_check_names_a_model_s_processors() -> None:
     )
     (problem,) = check_config(config, PluginHost())
     assert (problem.path, problem.suggestion) == ("models.m.processors", "thinking")
+
+
+# ------------------------------------------------------------------ a real model
+
+
+@pytest.mark.real_model
+def test_markers_and_stops_in_a_real_reply(demo_model_path: Path) -> None:
+    """Pieces of a real model's own reply, cut anywhere in its tokens, are found as stops and
+    as markers, and everything around them is delivered.
+    """
+    with make_engine() as engine:
+
+        def load(**options: Any) -> Model:
+            return engine.load_model(
+                model_path=str(demo_model_path), context_opts={"n_ctx": 512}, **options
+            )
+
+        plain = load()
+        prompt = plain.apply_chat_template([{"role": "user", "content": "Tell me about lamps."}])
+        whole = plain.complete(prompt, response_tokens=60)
+        text = whole.reply
+        for at in (0, 7, 31, 50):
+            stop = text[at : at + 5]
+            done = plain.complete(prompt, response_tokens=60, stop_sequences=["\0", stop])
+            assert done.reply == text[: text.index(stop)]
+            assert done.stop_sequence == stop
+            assert done.generated == whole.generated[: len(done.generated)]
+        start, end = text[9:16], text[40:47]
+        thought = text[text.index(start) + 7 :]
+        thought = thought[: thought.index(end)]
+        expected = text.replace(f"{start}{thought}{end}", "", 1)
+        markers = {"start": start, "end": end}
+        thinker = load(thinking_markers=markers)
+        done = thinker.complete(prompt, response_tokens=60, thinking=True)
+        assert done.thinking.startswith(thought)
+        assert done.generated == whole.generated
+        if text.count(start) == 1:
+            assert (done.thinking, done.reply) == (thought, expected)
+        caller = load(tool_call_markers=markers)
+        done = caller.complete(prompt, response_tokens=60)
+        assert done.tool_calls[0] == thought.encode()

@@ -39,7 +39,7 @@ def test_a_short_key_is_refused() -> None:
 def test_a_key_does_not_show() -> None:
     """Neither repr nor str of a key, or of what holds one, has a part of it."""
     key = SigningKey(SECRET)
-    for text in (repr(key), str(key), repr([key]), repr(key.sign)):
+    for text in (repr(key), str(key), repr([key]), repr(key.begin)):
         assert "seen" not in text
 
 

@@ -304,7 +304,7 @@ def test_a_block_that_the_prompt_opens(tail: str, opens: bool) -> None:
 def test_signatures_are_hmac_over_the_bytes() -> None:
     """Each block has its signature; the last event also has that of all thinking."""
     key = b"k" * 32
-    events = thoughts("<t>one</t><t>two</t>", None, sign=SigningKey(key).sign)
+    events = thoughts("<t>one</t><t>two</t>", None, begin_signature=SigningKey(key).begin)
     ends = [event for event in events if isinstance(event, ThinkingEnd)]
     assert [end.signature for end in ends] == [
         hmac.new(key, data, hashlib.sha256).digest() for data in (b"one", b"two")

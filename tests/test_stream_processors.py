@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import hmac
 import itertools
+import subprocess
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -428,3 +431,16 @@ def test_a_factory_that_raises() -> None:
 
     with pytest.raises(PluginFailed, match="'mine'"):
         make_pipeline([], names=["mine"], own={"mine": broken})
+
+
+def test_the_benchmark_runs() -> None:
+    """It prints a figure beside its target for each kind of reply."""
+    script = Path(__file__).parents[1] / "bench" / "streams.py"
+    done = subprocess.run(
+        [sys.executable, str(script), "--tokens", "200"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert done.stdout.count("at most 10: ") == 4

@@ -26,14 +26,14 @@ class SigningKey:
     def __repr__(self) -> str:
         return "SigningKey(...)"
 
-    def sign(self, data: bytes) -> bytes:
-        """HMAC-SHA-256, 32 bytes."""
-        return hmac.digest(self._secret, data, "sha256")
+    def begin(self) -> hmac.HMAC:
+        """A signature of what it will be updated with: HMAC-SHA-256, 32 bytes."""
+        return hmac.new(self._secret, digestmod="sha256")
 
     def verify(self, thinking: str | bytes, signature: bytes) -> bool:
         """Whether the signature is that of this thinking. An empty one never is."""
         data = thinking.encode("utf-8", "surrogatepass") if isinstance(thinking, str) else thinking
-        return hmac.compare_digest(self.sign(data), signature)
+        return hmac.compare_digest(hmac.digest(self._secret, data, "sha256"), signature)
 
 
 def verify_thinking(thinking: str | bytes, signature: bytes, key: bytes) -> bool:
@@ -45,7 +45,11 @@ def verify_thinking(thinking: str | bytes, signature: bytes, key: bytes) -> bool
     return SigningKey(key).verify(thinking, signature)
 
 
-def no_signature(data: bytes) -> bytes:
-    """What signs for an engine without a key."""
-    del data
-    return b""
+class NoSignature:
+    """The signature of an engine without a key: empty."""
+
+    def update(self, data: bytes) -> None:
+        """Nothing to do."""
+
+    def digest(self) -> bytes:
+        return b""

@@ -50,7 +50,7 @@ from erllama_core.results import (
     Phase,
     Prefill,
 )
-from erllama_core.signing import no_signature
+from erllama_core.signing import NoSignature
 from erllama_core.stream.pipeline import Stage
 from erllama_core.stream.stream import Stream
 
@@ -200,7 +200,7 @@ class Engine:
             stages=tuple(stages),
             thinking_markers=config.thinking_markers,
             tool_call_markers=config.tool_call_markers,
-            sign=no_signature if key is None else key.sign,
+            begin_signature=NoSignature if key is None else key.begin,
         )
 
     def model(self, model_id: str) -> Model:

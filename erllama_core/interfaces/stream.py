@@ -155,6 +155,16 @@ class StreamProcessor(Protocol):
         ...
 
 
+class RunningSignature(Protocol):
+    """HMAC-SHA-256, with the engine's key, of bytes that come one after another."""
+
+    def update(self, data: bytes, /) -> None: ...
+
+    def digest(self) -> bytes:
+        """Of all bytes so far; empty when the engine has no key."""
+        ...
+
+
 @attrs.frozen(kw_only=True)
 class ProcessorRequest:
     """What a processor's factory gets."""
@@ -172,5 +182,4 @@ class ProcessorRequest:
     thinking_markers: ThinkingMarkers | None = None
     """The model's; None for one that does not think."""
     tool_call_markers: ToolCallMarkers | None = None
-    sign: Callable[[bytes], bytes]
-    """HMAC-SHA-256 with the engine's key; empty without one."""
+    begin_signature: Callable[[], RunningSignature]

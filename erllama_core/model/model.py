@@ -19,7 +19,7 @@ from erllama_core.errors import (
 )
 from erllama_core.interfaces.backend import BackendModel, Context, Embeds, Quantisation
 from erllama_core.interfaces.markers import ThinkingMarkers, ToolCallMarkers
-from erllama_core.interfaces.stream import ProcessorRequest
+from erllama_core.interfaces.stream import ProcessorRequest, RunningSignature
 from erllama_core.model.chat import render_chat
 from erllama_core.model.explain import explain
 from erllama_core.model.options import ReplyKwargs, RequestKwargs, RequestOptions
@@ -52,7 +52,7 @@ class ReplySetup:
     stages: tuple[Stage, ...]
     thinking_markers: ThinkingMarkers | None
     tool_call_markers: ToolCallMarkers | None
-    sign: Callable[[bytes], bytes]
+    begin_signature: Callable[[], RunningSignature]
 
 
 @attrs.frozen(kw_only=True)
@@ -232,7 +232,7 @@ class Model:
                 thinking_budget_tokens=None if budget is None or budget <= 0 else budget,
                 thinking_markers=setup.thinking_markers,
                 tool_call_markers=setup.tool_call_markers,
-                sign=setup.sign,
+                begin_signature=setup.begin_signature,
             ),
         )
 

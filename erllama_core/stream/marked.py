@@ -22,7 +22,8 @@ class MarkedProcessor:
         self._gathered = bytearray()
 
     def feed(self, token: int, data: bytes, channel: Channel) -> None:
-        if self._scanner.passes(data):
+        scanner = self._scanner
+        if not scanner.held and scanner.starts.isdisjoint(data):
             self._between(token, data, channel)
         else:
             self._scan(token, [(data, channel)])
@@ -30,7 +31,7 @@ class MarkedProcessor:
             self._deliver()
 
     def flush(self) -> None:
-        while self._scanner.holds:
+        while self._scanner.held:
             free, found = self._scanner.finish()
             for data, channel in free:
                 self._between(-1, data, channel)

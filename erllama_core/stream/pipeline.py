@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Final, Protocol
 
 import attrs
@@ -20,7 +20,11 @@ from erllama_core.interfaces.stream import (
 )
 from erllama_core.providers import StreamProcessorProvider
 
-Feed = Callable[[int, bytes, Channel], None]
+
+class Feed(Protocol):
+    """Where bytes go next."""
+
+    def __call__(self, token: int, data: bytes, channel: Channel) -> None: ...
 
 
 @attrs.frozen
@@ -69,11 +73,12 @@ class Pipeline:
             if processor is not None:
                 link.processor = processor
                 self._links.append(link)
-        behind: Feed = self._deliver
-        for link in reversed(self._links):
-            link.next_feed = behind
-            behind = link.processor.feed
-        self._first: Feed = behind
+        following: Feed = self._deliver
+        for place, link in reversed(list(enumerate(self._links))):
+            link.send = following
+            link.behind = tuple(self._links[place + 1 :])
+            following = link.processor.feed
+        self._first: Feed = following
         self.choose_sampler()
 
     def feed(self, token: int) -> Sequence[Event]:
@@ -105,9 +110,6 @@ class Pipeline:
 
     # -------------------------------------------------------- for the links
 
-    def _behind(self, link: _Link) -> Sequence[_Link]:
-        return self._links[self._links.index(link) + 1 :]
-
     def _deliver(self, token: int, data: bytes, channel: Channel) -> None:
         del token
         # A control token has no text of its own: it steers the model, and is not of the reply.
@@ -116,45 +118,39 @@ class Pipeline:
 
     def emit(self, link: _Link, event: Event) -> None:
         """See :meth:`Outlet.emit`."""
-        for other in self._behind(link):
+        for other in link.behind:
             other.processor.flush()
         if link.is_open:  # flushing may have met a stop sequence
             self._out.append(event)
 
     def end(self, link: _Link, stop_sequence: str | None) -> None:
         """See :meth:`Outlet.end`."""
-        behind = self._behind(link)
-        for other in self._links[: len(self._links) - len(behind)]:
+        for other in self._links[: len(self._links) - len(link.behind)]:
             other.shut()
         self.ended = True
         self.stop_sequence = stop_sequence
-        self._finish(behind)
-        for other in behind:
+        self._finish(link.behind)
+        for other in link.behind:
             other.shut()
 
     def choose_sampler(self) -> None:
         """See :meth:`Outlet.use_sampler`."""
         self.greedy = self._may_swap and any(link.greedy for link in self._links)
 
-    def span_behind(self, link: _Link) -> bool:
-        """See :meth:`Outlet.span_behind`."""
-        return any(other.span for other in self._behind(link))
-
 
 class _Link:
     """A processor's outlet."""
 
     processor: StreamProcessor
-    next_feed: Feed
+    send: Feed
+    """The next processor's ``feed`` itself: this is called for every token."""
+    behind: Sequence[_Link] = ()
 
     def __init__(self, pipeline: Pipeline) -> None:
         self._pipeline: Final = pipeline
         self.is_open = True
         self.greedy = False
         self.span = False
-
-    def send(self, token: int, data: bytes, channel: Channel) -> None:
-        self.next_feed(token, data, channel)
 
     def emit(self, event: Event) -> None:
         if self.is_open:
@@ -173,12 +169,12 @@ class _Link:
 
     @property
     def span_behind(self) -> bool:
-        return self._pipeline.span_behind(self)
+        return any(other.span for other in self.behind)
 
     def shut(self) -> None:
         """Nothing more comes through."""
         self.is_open = False
-        self.next_feed = _drop
+        self.send = _drop
 
 
 def _drop(token: int, data: bytes, channel: Channel) -> None:

@@ -91,47 +91,44 @@ class Scanner:
 
     def __init__(self, automaton: Automaton) -> None:
         self._automaton = automaton
-        self._held: list[Run] = []
+        self.starts = automaton.starts
+        """While nothing is held, bytes that have none of these need not be fed."""
+        self.held: list[Run] = []
+        """What is held back."""
         self._length = 0
         self._node = 0
         self._best: tuple[int, int] | None = None
         """Where in what is held the best match begins, and its number."""
 
-    @property
-    def holds(self) -> bool:
-        """Whether something is held back."""
-        return bool(self._held)
-
     def expect(self, automaton: Automaton) -> None:
         """Look for other strings. Only while nothing is held back."""
         self._automaton = automaton
-
-    def passes(self, data: bytes) -> bool:
-        """Whether ``data`` need not be fed: nothing is held, and no match begins in it."""
-        return not self._held and self._automaton.starts.isdisjoint(data)
+        self.starts = automaton.starts
 
     def feed(self, data: bytes, channel: Channel) -> tuple[list[Run], Found | None]:
         """What is free to go now, and what was found behind it, if anything was."""
         automaton = self._automaton
         children, fail, match = automaton.children, automaton.fail, automaton.match
+        none = automaton.none
         node, position, best = self._node, self._length, self._best
-        self._held.append((data, channel))
+        self.held.append((data, channel))
         for byte in data:
             position += 1
-            while node and byte not in children[node]:
+            below = children[node].get(byte)
+            while below is None and node:
                 node = fail[node]
-            node = children[node].get(byte, 0)
+                below = children[node].get(byte)
+            node = below or 0
             number = match[node]
-            if number != automaton.none:
+            if number != none:
                 candidate = (position - automaton.lengths[number], number)
                 best = candidate if best is None else min(best, candidate)
             if best is not None and not self._can_be_beaten(best, node, position):
                 return self._take_out(best)
         keep_from = position - automaton.depth[node]
-        if best is not None:
-            keep_from = min(keep_from, best[0])
+        if best is not None:  # what can beat it began no later, so it is held too
             best = (best[0] - keep_from, best[1])
-        free, self._held = _cut(self._held, keep_from)
+        free, self.held = _cut(self.held, keep_from)
         self._node, self._length, self._best = node, position - keep_from, best
         return free, None
 
@@ -139,7 +136,7 @@ class Scanner:
         """No more comes: what is free to go then is everything."""
         if self._best is not None:
             return self._take_out(self._best)
-        free = self._held
+        free = self.held
         self._start_over()
         return free, None
 
@@ -158,13 +155,13 @@ class Scanner:
 
     def _take_out(self, best: tuple[int, int]) -> tuple[list[Run], Found]:
         start, number = best
-        before, behind = _cut(self._held, start)
+        before, behind = _cut(self.held, start)
         runs, rest = _cut(behind, self._automaton.lengths[number])
         self._start_over()
         return before, Found(number, runs, rest)
 
     def _start_over(self) -> None:
-        self._held, self._length, self._node, self._best = [], 0, 0, None
+        self.held, self._length, self._node, self._best = [], 0, 0, None
 
 
 def _cut(runs: list[Run], at: int) -> tuple[list[Run], list[Run]]:

@@ -13,6 +13,7 @@ from erllama_core.interfaces.stream import (
     Channel,
     Outlet,
     ProcessorRequest,
+    RunningSignature,
     ThinkingDelta,
     ThinkingEnd,
 )
@@ -42,7 +43,7 @@ class Thinking(MarkedProcessor):
         *,
         opened: bool,
         budget: int | None,
-        sign: Callable[[bytes], bytes],
+        begin_signature: Callable[[], RunningSignature],
     ) -> None:
         self._before = marker_automaton(markers.start)
         self._within = marker_automaton(markers.end)
@@ -50,11 +51,10 @@ class Thinking(MarkedProcessor):
         self._state = _State.INSIDE if opened else _State.OUTSIDE
         self._left = budget
         """Deltas that may still be delivered; None: any number."""
-        self._sign = sign
+        self._begin_signature = begin_signature
+        self._of_block = begin_signature()
+        self._of_all = begin_signature()
         self._characters = Characters()
-        self._block = bytearray()
-        self._thought = bytearray()
-        """All blocks that ended."""
         outlet.hold_span(opened)
 
     @classmethod
@@ -68,7 +68,7 @@ class Thinking(MarkedProcessor):
             markers,
             opened=opens_thinking(request.prompt, request.vocabulary, markers),
             budget=request.thinking_budget_tokens,
-            sign=request.sign,
+            begin_signature=request.begin_signature,
         )
 
     def finish(self) -> None:
@@ -107,7 +107,8 @@ class Thinking(MarkedProcessor):
             data += self._characters.rest()
         if not data:
             return
-        self._block += data
+        self._of_block.update(data)
+        self._of_all.update(data)
         self._outlet.emit(ThinkingDelta(data.decode("utf-8", "replace"), data))
         if self._left is not None:
             self._left -= 1
@@ -120,12 +121,8 @@ class Thinking(MarkedProcessor):
 
     def _end_block(self) -> None:
         self._outlet.hold_span(False)
-        block = bytes(self._block)
-        self._block.clear()
-        signature = self._sign(block)
-        so_far = self._sign(bytes(self._thought) + block) if self._thought else signature
-        self._thought += block
-        self._outlet.emit(ThinkingEnd(signature, so_far))
+        self._outlet.emit(ThinkingEnd(self._of_block.digest(), self._of_all.digest()))
+        self._of_block = self._begin_signature()
 
 
 def opens_thinking(prompt: Prompt, vocabulary: Vocabulary, markers: ThinkingMarkers) -> bool:

@@ -52,7 +52,8 @@ class Saver:
         reached = min(limit, request.computed)
         if not (at_end and reached == prompt):
             reached -= reached % self._align
-        if self._context.exports_whole and not at_end and reached < limit - limit % self._align:
+        goes_on = limit == prompt or reached < limit - limit % self._align
+        if self._context.exports_whole and not at_end and goes_on:
             return  # a long prompt's beginning would be copied with every part of it
         self._save_blocks(request, reached, "cold")
         if row is not None and limit == prompt:

@@ -84,7 +84,8 @@ class Saver:
         reached = min(boundary, request.computed)
         if reached < boundary:
             reached -= reached % self._align
-        if self._context.exports_whole and row is None:
+        goes_on = row is None and (boundary == prompt or reached < boundary)
+        if self._context.exports_whole and goes_on:
             return  # a long prompt's beginning would be copied with every part of it
         self._save_blocks(request, reached, "cold")
         if row is not None and boundary == prompt:

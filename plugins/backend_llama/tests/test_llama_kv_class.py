@@ -26,6 +26,9 @@ Bench = Callable[..., Any]
         ("mamba", {}, KVClass.WHOLE, None),
         ("lfm2", {}, KVClass.WHOLE, None),
         ("qwen35", {}, KVClass.WHOLE, None),
+        ("llama", {"kv_unified": False}, KVClass.SPAN, None),
+        ("gemma3", {"kv_unified": False}, KVClass.WHOLE, None),
+        ("lfm2", {"kv_unified": False}, KVClass.WHOLE, None),
     ],
 )
 @pytest.mark.parametrize("flash_attn", [False, "auto"])
@@ -82,6 +85,32 @@ def test_a_failed_proof_falls_back_to_whole_states(
     b.restore_snapshot(1, 40, data)
     assert not b.truncate(1, 20)
     b.decode(1, [1])
+
+
+@pytest.mark.parametrize("flash_attn", [False, True])
+def test_a_layout_that_is_not_as_known_is_not_cut(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, flash_attn: bool
+) -> None:
+    """Separate cells of a build that lays out state otherwise are stored whole."""
+    original = SequenceState.read
+
+    def other(self: SequenceState, seq: int, into: memoryview) -> None:
+        original(self, seq, into)
+        if len(into) > 100:
+            into[8 + 4 * 3 :] = bytes(into[8 + 4 * 3 + 4 :]) + b"more"  # a count is missing
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kv_class_module, "prove_whole", lambda _state: None)
+        patch.setattr(SequenceState, "read", other)
+        with capture_logs() as logs:
+            b = bench("llama", n_seq_max=3, kv_unified=False, flash_attn=flash_attn)
+    assert (b.context.kv_class, b.context.exports_whole) == (KVClass.WHOLE, False)
+    assert "llama.state.whole_only" in str(logs)
+    b.feed(0, list(range(40)))
+    assert not b.context.share(0, 1, 39)
+    assert b.context.share(0, 1, 40)
+    b.lengths[1] = 40
+    assert (b.decode(1, [5, 6]) == b.decode(0, [5, 6])).all()
 
 
 def test_a_model_whose_state_cannot_be_restored_is_not_loaded(

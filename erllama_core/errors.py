@@ -20,6 +20,7 @@
     │   └── NotSupported                  this backend cannot do it
     ├── EngineError
     │   ├── DecodeFailed                  the native decode failed
+    │   │   └── DecodeAborted             it was told to end early
     │   ├── StateRejected                 the native side refused a state
     │   └── EngineClosed                  the engine or the model was closed
     └── CacheError
@@ -177,6 +178,10 @@ class DecodeFailed(EngineError):
     def __init__(self, message: str, *, code: int) -> None:
         self.code = code
         super().__init__(f"{message} (status {code})")
+
+
+class DecodeAborted(DecodeFailed):
+    """The native decode was told to end early, and did."""
 
 
 class StateRejected(EngineError):

@@ -101,6 +101,8 @@ class Stats:
     """From the call until the first token was sampled; None when there was none."""
     decode_s: float
     """From the first token to the end of generation."""
+    stop_sequence: str | None = None
+    """The stop sequence that ended the reply."""
     explain: Explanation | None = None
     """For a request with ``explain=True``."""
 
@@ -119,6 +121,13 @@ class Completion:
     cache_delta: CacheDelta
     finish_reason: FinishReason
     stats: Stats
+    stop_sequence: str | None = None
+    """The stop sequence that ended the reply, which has nothing of it."""
+    thinking: str = ""
+    thinking_signature: bytes = b""
+    """Of all thinking of the reply; empty without thinking, or without a key."""
+    tool_calls: tuple[bytes, ...] = ()
+    """Exactly as the model wrote them."""
 
 
 @attrs.frozen

@@ -20,7 +20,7 @@ def request(number: int, prompt: int, computed: int, *, generating: bool) -> Req
         number,
         Prompt(range(prompt)),
         RequestOptions(),
-        max_generated=10,
+        context_size=1000,
         sampler=Nothing(),  # type: ignore[arg-type]
         pipeline=Nothing(),  # type: ignore[arg-type]
     )

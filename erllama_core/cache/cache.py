@@ -368,7 +368,7 @@ class Cache:
             tokens=entry.tokens,
             align_tokens=draft.align_tokens,
             payload=pages.view,
-            info={"save_reason": draft.save_reason, "created_ns": time.time_ns()},
+            info=_info(draft),
         )
         durable = draft.save_reason in {"finish", "shutdown"}
         stored = 0
@@ -381,6 +381,14 @@ class Cache:
             except CacheError:
                 continue  # counted and logged where it was raised
         return stored
+
+
+def _info(draft: Draft) -> dict[str, Any]:
+    """What is written of an object beside its names."""
+    info: dict[str, Any] = {"save_reason": draft.save_reason, "created_ns": time.time_ns()}
+    if draft.entry.anchors:
+        info["anchors"] = draft.entry.anchors.hex()
+    return info
 
 
 def _rows(entry: Entry) -> list[Row]:

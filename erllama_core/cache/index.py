@@ -22,6 +22,7 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Final
 
+from erllama_core.cache.anchors import split_anchors
 from erllama_core.cache.keys import common_tokens
 from erllama_core.interfaces.block import TOKEN_BYTES, ObjectId, ObjectKind
 from erllama_core.interfaces.tier import Pages
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
 
 _MAX_NAMESPACES: Final = 1024
 """Namespaces that are remembered; every salt makes one."""
+
+_MAX_SPELLINGS: Final = 8
+"""Objects that one text anchor leads to: those that came last."""
 
 
 class Copy:
@@ -65,6 +69,7 @@ class Entry:
     """A stored object, or one on its way to be stored."""
 
     __slots__ = (
+        "anchors",
         "children",
         "copies",
         "end",
@@ -87,6 +92,7 @@ class Entry:
         segment_key: bytes,
         lead: bytes,
         tokens: bytes,
+        anchors: bytes = b"",
     ) -> None:
         self.object_id: Final = object_id
         self.end = end
@@ -94,6 +100,8 @@ class Entry:
         self.segment_key = segment_key
         self.lead = lead
         self.tokens: Final = tokens
+        self.anchors: Final = anchors
+        """Digests of the text up to positions in this object; see ``anchors``."""
         self.copies: list[Copy] = []
         self.pages: Pages | None = None
         """The payload while it waits to be written."""
@@ -188,6 +196,8 @@ class Index:
         """By key(start). A block stands for a segment of which it is all."""
         self._namespaces: dict[bytes, bytes] = {}
         """Those of late, so that their objects share them."""
+        self._anchored: dict[bytes, Entry | tuple[Entry, ...]] = {}
+        """By text anchor."""
         self._count = 0
 
     def __len__(self) -> int:
@@ -202,6 +212,29 @@ class Index:
             if entry.object_id == object_id:
                 return entry
         return None
+
+    def anchored(self, anchor: bytes) -> tuple[Entry, ...]:
+        """The objects in which a context stands that may read as the anchor says."""
+        return _each(self._anchored.get(anchor, ()))
+
+    def context_of(self, entry: Entry) -> bytes | None:
+        """The packed tokens of the context that ends where ``entry`` does.
+
+        None when a part of it is not known, or more than one is said to be.
+        """
+        paths = [entry.path]
+        while entry.end > len(paths[-1]) // TOKEN_BYTES:
+            position = entry.end - len(paths[-1]) // TOKEN_BYTES
+            before = [
+                known
+                for known in _each(self._ending.get(entry.segment_key, ()))
+                if known.object_id.kind is ObjectKind.KV and known.start < known.end == position
+            ]
+            if not before:
+                return None
+            entry = before[0]
+            paths.append(entry.path)
+        return b"".join(reversed(paths))
 
     def segment(self, key: bytes) -> Segment | None:
         """The segment that starts at ``key``, to be read only."""
@@ -219,6 +252,9 @@ class Index:
         self._count += 1
         if not entry.segment_key:
             return entry
+        for anchor in split_anchors(entry.anchors):
+            others = self.anchored(anchor)[1 - _MAX_SPELLINGS :]
+            self._anchored[anchor] = (*others, entry) if others else entry
         self._share_bytes(entry)
         if entry.object_id.kind is ObjectKind.KV:
             if not entry.lead and entry.segment_key not in self._segments:
@@ -245,6 +281,7 @@ class Index:
             self._ending[key] = left[0] if len(left) == 1 else left
         else:
             del self._ending[key]
+        self._drop_anchors(entry)
         segment = self._segments.get(entry.segment_key)
         if segment is None:
             return
@@ -276,6 +313,14 @@ class Index:
         return any(not block.lead and _is_in(block, tier) for block in blocks)
 
     # ------------------------------------------------------------ attachment
+
+    def _drop_anchors(self, entry: Entry) -> None:
+        for anchor in split_anchors(entry.anchors):
+            left = tuple(other for other in self.anchored(anchor) if other is not entry)
+            if left:
+                self._anchored[anchor] = left[0] if len(left) == 1 else left
+            else:
+                self._anchored.pop(anchor, None)
 
     def _segment(self, key: bytes) -> Segment:
         known = self._segments.get(key)
@@ -336,6 +381,7 @@ class Index:
         self._ending.clear()
         self._segments.clear()
         self._namespaces.clear()
+        self._anchored.clear()
         self._count = 0
 
     def _detach(self, segment: Segment, entry: Entry) -> list[Entry]:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Final
 
+from erllama_core.cache.anchors import read_anchors
 from erllama_core.cache.catalog import Catalog
 from erllama_core.cache.index import Entry
 from erllama_core.cache.tiers import TierStore
@@ -161,4 +162,5 @@ def _entry_of(header: Header) -> Entry:
         header.segment_key if in_tree else b"",
         header.lead_tokens,
         header.tokens if in_tree else b"",
+        read_anchors(header.info.get("anchors")),
     )

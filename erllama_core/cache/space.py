@@ -8,6 +8,7 @@ from typing import Final
 
 import attrs
 
+from erllama_core.cache.anchors import Rendering, TextKeys
 from erllama_core.cache.cache import Cache
 from erllama_core.cache.gate import CostGate, Portion
 from erllama_core.cache.index import Entry
@@ -23,6 +24,8 @@ from erllama_core.results import GateEstimate
 
 ABSORBED_TOKENS: Final = 16
 """Longer blocks are not stored again for being extended."""
+_MAX_RESPELLINGS: Final = 8
+"""Stored contexts that are compared with a prompt's text, at most."""
 
 
 @attrs.frozen
@@ -46,11 +49,13 @@ class ModelSpace:
         kv_class: KVClass,
         tiers: Sequence[str],
         align_tokens: int,
+        rendering: Rendering | None = None,
         gate: CostGate | None = None,
     ) -> None:
         self._cache: Final = cache
         self._catalog: Final = cache.catalog
         self._namespace: Final = namespace
+        self._rendering: Final = rendering
         self._tiers: Final = tuple(cache.catalog.store(name) for name in tiers)
         self._finder: Final = Finder(cache.catalog.index, kv_class, self._tiers)
         nearest = self._tiers[0] if self._tiers else None
@@ -70,8 +75,12 @@ class ModelSpace:
         return bool(self._tiers)
 
     def keys(self, tokens: bytearray, salt: str | None) -> ContextKeys:
-        """The keys of a context that will grow; ``tokens`` stays the caller's."""
-        return ContextKeys(salted(self._namespace, salt), tokens, self.align_tokens)
+        """The keys of a context that will grow; ``tokens`` stays the caller's. Thread-safe."""
+        namespace = salted(self._namespace, salt)
+        text = None
+        if self._rendering is not None:
+            text = TextKeys(namespace, self._rendering, tokens)
+        return ContextKeys(namespace, tokens, self.align_tokens, text)
 
     # ------------------------------------------------------------------ finding
 
@@ -85,6 +94,51 @@ class ModelSpace:
             match = self._finder.find(keys, may_sample)
         self._catalog.counters.add("lookup_ns", time.perf_counter_ns() - started)
         return match
+
+    def respell(self, keys: ContextKeys, match: Match) -> bytes | None:
+        """The prompt in tokens of which more is stored than ``match``; None when none are known.
+
+        Packed. The text is the same, control tokens stand where they stood: a stored context
+        that reads like the beginning of the prompt replaces that beginning.
+        """
+        text, rendering = keys.text, self._rendering
+        if text is None or rendering is None:
+            return None
+        reached = self._reach(match)
+        tries = 0
+        for position, digest in text.probes(reached):
+            with self._catalog.lock:
+                found = [
+                    context
+                    for entry in self._catalog.index.anchored(digest)
+                    if entry.namespace == keys.namespace
+                    and (context := self._catalog.index.context_of(entry)) is not None
+                ]
+            for context in found:
+                beginning = keys.slice(0, position)
+                stored = rendering.prefix(context, rendering.text(beginning))
+                if stored is None or stored == beginning:
+                    continue
+                tokens = stored + keys.slice(position, len(keys))
+                if self._reads_further(keys, reached, tokens):
+                    return tokens
+                tries += 1
+                if tries == _MAX_RESPELLINGS:
+                    return None
+        return None
+
+    def _reads_further(self, keys: ContextKeys, reached: int, tokens: bytes) -> bool:
+        """Whether more text of a prompt is stored when it is spelt with ``tokens``."""
+        assert self._rendering is not None
+        other = ContextKeys(keys.namespace, tokens, self.align_tokens)
+        with self._catalog.lock:
+            match = self._finder.find(other, may_sample=True)
+        covered = self._rendering.text(other.slice(0, self._reach(match)))
+        return len(covered) > len(self._rendering.text(keys.slice(0, reached)))
+
+    def _reach(self, match: Match) -> int:
+        """How far a match brings a request: what cannot be cut is of use where it stands."""
+        return match.covered if self.kv_class is KVClass.SPAN else match.length
 
     def judge(self, match: Match, n: int) -> GateEstimate | None:
         """What the gate would make of a match for ``n`` tokens; changes nothing. Thread-safe."""
@@ -286,9 +340,17 @@ class ModelSpace:
             keys.key(segment_start),
             keys.slice(segment_start, start),
             keys.slice(start, end),
+            self._anchors(kind, keys, start, end),
         )
         draft = Draft(entry, pages, self._tiers, reason, self.align_tokens, after, absorbs)
         self._cache.submit(draft)
+
+    def _anchors(self, kind: ObjectKind, keys: ContextKeys, start: int, end: int) -> bytes:
+        """A block names what is in it; what stands at one position names the context's end."""
+        if keys.text is None or kind is ObjectKind.SNAPSHOT:
+            return b""
+        after = start if kind is ObjectKind.KV else end - 1
+        return keys.text.anchors(after, end, ends_there=end == len(keys))
 
     def _block_before(self, keys: ContextKeys, position: int) -> Entry | None:
         """The block that covers the token before ``position``."""

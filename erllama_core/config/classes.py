@@ -18,6 +18,7 @@ from erllama_core.config.converter import Prepare, Unexpected
 from erllama_core.config.structuring import dotted, structure_nested, structure_options
 from erllama_core.errors import ConfigError, ConfigProblem, nearest
 from erllama_core.interfaces.backend import ContextOptions
+from erllama_core.interfaces.markers import ThinkingMarkers, ToolCallMarkers
 from erllama_core.providers import ByteSize
 
 Problem = tuple[str, str]
@@ -26,6 +27,7 @@ Problem = tuple[str, str]
 _INFLIGHT_BYTES: Final = ByteSize(256 << 20)
 _MIN_EVICT_BYTES: Final = ByteSize(1 << 20)
 _MOST_TOKENS: Final = (1 << 31) - 1
+_PROCESSORS: Final = ("thinking", "tool_calls", "stop_sequences")
 _POLICY_FIELDS: Final = tuple(field.name for field in attrs.fields(SavePolicy))
 
 
@@ -123,38 +125,6 @@ def _with_ram(tiers: Iterable[TierConfig]) -> tuple[TierConfig, ...]:
 
 
 @attrs.frozen(kw_only=True)
-class ThinkingMarkers:
-    """The texts around a model's thinking."""
-
-    start: str
-    end: str
-
-    def problems(self) -> list[Problem]:
-        """What is wrong with the values; empty when nothing is."""
-        return [(name, "empty") for name in ("start", "end") if not getattr(self, name)]
-
-
-@attrs.frozen(kw_only=True)
-class ToolCallMarkers:
-    """The texts around a model's tool calls, and around free text within them."""
-
-    start: str
-    end: str
-    """``"$eos"``: the end of generation."""
-    payload_start: str | None = None
-    payload_end: str | None = None
-
-    def problems(self) -> list[Problem]:
-        """What is wrong with the values; empty when nothing is."""
-        names = ("start", "end", "payload_start", "payload_end")
-        found = [(name, "empty") for name in names if getattr(self, name) == ""]
-        if (self.payload_start is None) != (self.payload_end is None):
-            missing = "payload_start" if self.payload_start is None else "payload_end"
-            found.append((missing, "missing; the two payload markers come together"))
-        return found
-
-
-@attrs.frozen(kw_only=True)
 class ModelConfig:
     """``[models.<id>]``, and the options of ``Engine.load_model``."""
 
@@ -186,6 +156,12 @@ class ModelConfig:
     """A Jinja template instead of the model's own."""
     thinking_markers: ThinkingMarkers | None = None
     tool_call_markers: ToolCallMarkers | None = None
+    processors: Annotated[tuple[str, ...], Prepare(_names)] = attrs.field(
+        default=_PROCESSORS, converter=_as_names
+    )
+    """Stream processors, in the order in which a reply passes them."""
+    processor_opts: Mapping[str, Mapping[str, Any]] = attrs.field(factory=dict)
+    """By a processor's name, its options; structured by its own class."""
 
     def problems(self) -> list[Problem]:
         """What is wrong with the values; empty when nothing is."""
@@ -202,10 +178,35 @@ class ModelConfig:
             message = f"{self.context_size} is above context_opts.n_ctx ({n_ctx})"
             found.append(("context_size", message))
         found += _name_problems("tier", self.tier)
-        for field in ("thinking_markers", "tool_call_markers"):
-            markers: ThinkingMarkers | ToolCallMarkers | None = getattr(self, field)
-            if markers is not None:
-                found += [(f"{field}.{name}", text) for name, text in markers.problems()]
+        return found + self._marker_problems() + self._processor_problems()
+
+    def _marker_problems(self) -> list[Problem]:
+        found: list[Problem] = []
+        thinking, calls = self.thinking_markers, self.tool_call_markers
+        if thinking is not None:
+            found += [(f"thinking_markers.{name}", text) for name, text in thinking.problems()]
+            if "thinking" not in self.processors:
+                found.append(("thinking_markers", "processors does not have 'thinking'"))
+        if calls is not None:
+            found += [(f"tool_call_markers.{name}", text) for name, text in calls.problems()]
+            if "tool_calls" not in self.processors:
+                found.append(("tool_call_markers", "processors does not have 'tool_calls'"))
+        if thinking is not None and calls is not None:
+            others = {text: f"thinking_markers.{name}" for name, text in thinking.texts().items()}
+            for name, text in calls.texts().items():
+                if text and text in others:
+                    message = f"{text!r} is {others[text]} too; markers must differ"
+                    found.append((f"tool_call_markers.{name}", message))
+        return found
+
+    def _processor_problems(self) -> list[Problem]:
+        found = _name_problems("processors", self.processors)
+        if "utf8" in self.processors:
+            found.append(("processors", "'utf8' ends every pipeline; leave it out"))
+        for name in self.processor_opts:
+            if name not in self.processors:
+                message = "options for what processors does not name"
+                found.append((dotted("processor_opts", [name]), message))
         return found
 
 

@@ -21,8 +21,10 @@ from erllama_core.config import (
     load_config,
     model_config,
     not_yet_effective,
+    read_signing_key,
     structure_options,
 )
+from erllama_core.config.structuring import dotted
 from erllama_core.engine.aio import AsyncEngine
 from erllama_core.errors import (
     AlreadyLoaded,
@@ -35,13 +37,13 @@ from erllama_core.errors import (
 )
 from erllama_core.host import PluginHost
 from erllama_core.interfaces.log import get_logger
-from erllama_core.interfaces.stream import StreamProcessor
 from erllama_core.model.loading import open_model
-from erllama_core.model.model import Model, ModelRef, PromptLike
+from erllama_core.model.model import Model, ModelRef, PromptLike, ReplySetup
 from erllama_core.model.options import RequestKwargs
 from erllama_core.prompt import Prompt
-from erllama_core.providers import NoOptions
 from erllama_core.results import CacheHit, Completion, Explanation, ModelInfo, Phase
+from erllama_core.signing import no_signature
+from erllama_core.stream.pipeline import Stage
 from erllama_core.stream.stream import Stream
 
 log = get_logger("erllama.engine")
@@ -63,6 +65,7 @@ class Engine:
         problems = self._config.problems()
         if problems:
             raise ConfigError(problems)
+        self._signing_key: Final = read_signing_key(self._config.engine)
         self.plugins: Final = (
             PluginHost(allow=self._config.plugins.allow, block=self._config.plugins.block)
             if plugins is None
@@ -152,7 +155,7 @@ class Engine:
                 cache=self._cache,
                 tiers=self._usable_tiers(chosen),
                 policy=self._config.policy_for(chosen),
-                processors=self._processors,
+                reply=self._reply_setup(chosen),
             )
             model = Model(parts, self.unload)
             with self._lock:
@@ -175,8 +178,20 @@ class Engine:
         opened = self._cache.tier_names()
         return [name for name in config.tier if name in opened]
 
-    def _processors(self) -> Sequence[StreamProcessor]:
-        return [self.plugins.get("processor", "utf8").factory(NoOptions())]
+    def _reply_setup(self, config: ModelConfig) -> ReplySetup:
+        stages = []
+        for name in (*config.processors, "utf8"):
+            provider = self.plugins.get("processor", name)
+            options = config.processor_opts.get(name, {})
+            path = dotted("processor_opts", [name])
+            stages.append(Stage(provider, structure_options(provider.config, options, path)))
+        key = self._signing_key
+        return ReplySetup(
+            stages=tuple(stages),
+            thinking_markers=config.thinking_markers,
+            tool_call_markers=config.tool_call_markers,
+            sign=no_signature if key is None else key.sign,
+        )
 
     def model(self, model_id: str) -> Model:
         """The model loaded under an id. Raises ModelNotFound."""
@@ -278,6 +293,10 @@ class Engine:
             add_generation_prompt=add_generation_prompt,
             **variables,
         )
+
+    def verify_thinking(self, thinking: str | bytes, signature: bytes) -> bool:
+        """Whether an engine with this one's key signed this thinking; False without a key."""
+        return self._signing_key is not None and self._signing_key.verify(thinking, signature)
 
     def embed(self, model: ModelRef, prompt: PromptLike) -> list[float]:
         """See :meth:`Model.embed`."""

@@ -168,8 +168,11 @@ class Sampler(Protocol):
     Made on any thread, used by the worker alone.
     """
 
-    def sample_mark(self, mark: Mark) -> int:
-        """Draw the next token from stored logits and take note of it."""
+    def sample_mark(self, mark: Mark, *, greedy: bool = False) -> int:
+        """Draw the next token from stored logits and take note of it.
+
+        ``greedy``: see :meth:`Context.sample`.
+        """
         ...
 
     def close(self) -> None:
@@ -204,6 +207,16 @@ class Row:
 
 
 @attrs.frozen(slots=True)
+class RangeExport:
+    """A range on its way out of a sequence: where the state of tokens [start, end) goes."""
+
+    start: int
+    end: int
+    into: memoryview
+    """Writable, of exactly ``range_bytes(seq, start, end)`` bytes."""
+
+
+@attrs.frozen(slots=True)
 class RangeImport:
     """A stored range on its way into a sequence: cells [start, stop) of block [start, end)."""
 
@@ -211,7 +224,7 @@ class RangeImport:
     end: int
     stop: int
     data: memoryview
-    """The bytes that ``export_range(seq, start, end)`` gave."""
+    """The bytes that an export of [start, end) gave."""
 
 
 class Context(Protocol):
@@ -245,22 +258,41 @@ class Context(Protocol):
         """The longest range that may be exported and restored; None: any."""
         ...
 
-    def step(self, rows: Sequence[Row]) -> None:
-        """Compute all rows in one native call; each sequence appears at most once.
+    @property
+    def exports_whole(self) -> bool:
+        """Whether exporting any range costs as much as exporting the whole sequence.
 
-        Raises DecodeFailed; the sequences of ``rows`` must then be dropped.
+        Then ranges are best exported together, and seldom.
         """
         ...
 
-    def sample(self, row: int, sampler: Sampler) -> int:
+    def step(self, rows: Sequence[Row]) -> None:
+        """Compute all rows in one native call; each sequence appears at most once.
+
+        Raises DecodeFailed, as DecodeAborted after :meth:`abort`. Each sequence of ``rows``
+        then stands where it stood before, or, where that cannot be, is empty: see
+        :meth:`length`.
+        """
+        ...
+
+    def abort(self) -> None:
+        """End the step that is running, soon. Any thread; no effect while none runs."""
+        ...
+
+    def sample(self, row: int, sampler: Sampler, *, greedy: bool = False) -> int:
         """Draw a token from the logits of the last step's row number ``row``.
 
-        The row must have asked for logits. The sampler takes note of the token.
+        The row must have asked for logits. The sampler takes note of the token. ``greedy``:
+        take the largest logit after penalties this time, and use up nothing of the seed.
         """
         ...
 
     def mark(self, row: int, size: int | None) -> Mark:
         """The ``size`` largest logits of the last step's row (None: all of them)."""
+        ...
+
+    def length(self, seq: int) -> int:
+        """Tokens of the sequence; 0 also for one that must be dropped."""
         ...
 
     def drop(self, seq: int) -> None:
@@ -271,14 +303,23 @@ class Context(Protocol):
         """Keep the first ``length`` tokens; False, and nothing changed, when it cannot."""
         ...
 
-    def range_bytes(self, seq: int, start: int, end: int) -> int:
-        """The size that ``export_range`` needs. SPAN and CHECKPOINT."""
+    def share(self, source: int, target: int, length: int) -> bool:
+        """Give the empty sequence ``target`` the first ``length`` tokens of ``source``.
+
+        With unified cells both have the same cells, so that it costs next to nothing; with
+        separate ones they are copied. Only a SPAN sequence can be shared in part. False, and
+        nothing changed, when it cannot be done.
+        """
         ...
 
-    def export_range(self, seq: int, start: int, end: int, into: memoryview) -> None:
-        """Copy the state of the tokens [start, end) out. SPAN and CHECKPOINT.
+    def range_bytes(self, seq: int, start: int, end: int) -> int:
+        """The size of an exported range. SPAN and CHECKPOINT."""
+        ...
 
-        ``into`` has exactly ``range_bytes`` bytes. Raises StateRejected.
+    def export_ranges(self, seq: int, ranges: Sequence[RangeExport]) -> None:
+        """Copy the state of ranges of tokens out. SPAN and CHECKPOINT.
+
+        Raises StateRejected; what was copied until then is worth nothing.
         """
         ...
 

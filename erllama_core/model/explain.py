@@ -14,6 +14,7 @@ from erllama_core.results import Explanation, GateEstimate, HitKind
 
 _AROUND: Final = 12
 """Tokens of text that are shown on either side of a divergence."""
+_RESPELT: Final = "; they were found by their text, and stand for other tokens of the prompt"
 
 
 @attrs.frozen
@@ -26,18 +27,23 @@ class Finding:
     divergence: Divergence
     prompt_around: bytes
     """Packed prompt tokens around the divergence."""
+    respelt: bool = False
+    """The prompt was found by its text; ``n_tokens`` are those of the stored context's."""
     obstacle: str | None = None
     """Why what was found was not used, when it was not."""
     gate: GateEstimate | None = None
     """What the cost gate made of it, where it had a say."""
 
 
-def examine(space: ModelSpace, keys: ContextKeys, match: Match) -> Finding:
+def examine(
+    space: ModelSpace, keys: ContextKeys, match: Match, *, respelt: bool = False
+) -> Finding:
     """What a look-up found of a prompt. Thread-safe."""
     n = len(keys)
     stored = max(match.covered, match.length)
     around = keys.slice(max(0, stored - _AROUND), min(n, stored + _AROUND))
-    return Finding(n, stored, match.length, space.divergence(keys, stored), around)
+    divergence = space.divergence(keys, stored)
+    return Finding(n, stored, match.length, divergence, around, respelt=respelt)
 
 
 def explain(
@@ -69,7 +75,7 @@ def explain(
         diverges_at=None if whole else finding.stored_tokens,
         prompt_text=text(finding.prompt_around),
         stored_text=text(stored_next) if stored_next else None,
-        reason=_reason(finding, kv_class, reused_tokens),
+        reason=_reason(finding, kv_class, reused_tokens) + (_RESPELT if finding.respelt else ""),
         gate=finding.gate,
         saving=saving,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +12,8 @@ import attrs
 
 from erllama_core.errors import EngineClosed, InvalidPrompt, NotSupported, PromptTooLong
 from erllama_core.interfaces.backend import BackendModel, Context, Embeds, Quantisation
-from erllama_core.interfaces.stream import StreamProcessor
+from erllama_core.interfaces.markers import ThinkingMarkers, ToolCallMarkers
+from erllama_core.interfaces.stream import ProcessorRequest
 from erllama_core.model.chat import render_chat
 from erllama_core.model.explain import explain
 from erllama_core.model.options import RequestKwargs, RequestOptions
@@ -19,13 +21,23 @@ from erllama_core.model.request import Request
 from erllama_core.model.worker import Worker
 from erllama_core.prompt import Prompt, pack
 from erllama_core.results import CacheHit, Completion, Explanation, HitKind, ModelInfo, Phase
-from erllama_core.stream.pipeline import Pipeline
+from erllama_core.stream.pipeline import Pipeline, Stage
 from erllama_core.stream.stream import Stream
 
 PromptLike = str | Prompt | Sequence[int]
 """Text, or token ids. Always the full context."""
 
 _request_ids = itertools.count(1)
+
+
+@attrs.frozen(kw_only=True)
+class ReplySetup:
+    """What a model's replies pass on their way out."""
+
+    stages: tuple[Stage, ...]
+    thinking_markers: ThinkingMarkers | None
+    tool_call_markers: ToolCallMarkers | None
+    sign: Callable[[bytes], bytes]
 
 
 @attrs.frozen(kw_only=True)
@@ -43,8 +55,7 @@ class ModelParts:
     quantisation: Quantisation
     tiers: tuple[str, ...]
     chat_template: str | None
-    processors: Callable[[], Sequence[StreamProcessor]]
-    """New ones for each request."""
+    reply: ReplySetup
 
 
 class Model:
@@ -77,16 +88,16 @@ class Model:
         self._check_open()
         chosen = RequestOptions.of(options)
         whole = self._as_prompt(prompt, chosen)
-        room = self._parts.context_size - len(whole)
-        if room < 1:
+        if len(whole) >= self._parts.context_size:
             raise PromptTooLong(len(whole), self._parts.context_size)
+        pipeline = self._pipeline(whole, chosen)
         request = Request(
             next(_request_ids),
             whole,
             chosen,
-            max_generated=min(chosen.response_tokens or room, room),
+            context_size=self._parts.context_size,
             sampler=self._backend.new_sampler(chosen.sampling(), whole.packed),
-            pipeline=Pipeline(self._backend.vocabulary, self._parts.processors()),
+            pipeline=pipeline,
         )
         try:
             self._worker.submit(request)
@@ -94,7 +105,38 @@ class Model:
             request.sampler.close()
             raise
         worker = self._worker
-        return Stream(request.id, whole, request.mailbox, lambda: worker.cancel(request))
+        return Stream(
+            request.id,
+            request.mailbox,
+            cancel=lambda: worker.cancel(request),
+            context_tokens=lambda: request.context_tokens,
+        )
+
+    def _pipeline(self, prompt: Prompt, options: RequestOptions) -> Pipeline:
+        setup = self._parts.reply
+        if options.stop_sequences and not any(
+            stage.provider.name == "stop_sequences" for stage in setup.stages
+        ):
+            raise NotSupported(
+                f"model {self.id!r} does not look for stop sequences; its processors have no "
+                "'stop_sequences'"
+            )
+        budget = options.thinking_budget_tokens
+        return Pipeline(
+            self._backend.vocabulary,
+            setup.stages,
+            functools.partial(
+                ProcessorRequest,
+                vocabulary=self._backend.vocabulary,
+                prompt=prompt,
+                stop_sequences=options.stop_sequences,
+                thinking=options.thinking,
+                thinking_budget_tokens=None if budget is None or budget <= 0 else budget,
+                thinking_markers=setup.thinking_markers,
+                tool_call_markers=setup.tool_call_markers,
+                sign=setup.sign,
+            ),
+        )
 
     def why(self, prompt: PromptLike, *, cache_salt: str | None = None) -> Explanation:
         """What a greedy request with this prompt would reuse now, and why not more.

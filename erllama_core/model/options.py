@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, Final, TypedDict
 
 import attrs
@@ -30,10 +31,40 @@ _RULES: Final[dict[str, tuple[type, bool, float, float]]] = {
     "seed": (int, True, 0, (1 << 32) - 1),
     "cache_salt": (str, True, 0, 0),
     "parent_key": (bytes, True, 0, 0),
+    "thinking": (bool, False, 0, 1),
+    "thinking_budget_tokens": (int, True, -math.inf, math.inf),
     "explain": (bool, False, 0, 1),
     "parse_special": (bool, False, 0, 1),
     "add_bos": (bool, True, 0, 1),
 }
+
+_MOST_STOP_BYTES: Final = 1 << 14
+"""Of all stop sequences together; looking for them takes a node for each."""
+
+
+def _stop_sequences(given: object) -> tuple[str, ...]:
+    if given is None:
+        return ()
+    if not isinstance(given, Sequence) or isinstance(given, str | bytes | bytearray):
+        raise TypeError(f"stop_sequences={given!r}: a list of strings is needed")
+    n_bytes = 0
+    for number, text in enumerate(given):
+        if not isinstance(text, str):
+            raise TypeError(f"stop_sequences[{number}]={text!r}: a string is needed")
+        if not text:
+            raise ValueError(f"stop_sequences[{number}] is empty, and would end every reply")
+        try:
+            n_bytes += len(text.encode())
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"stop_sequences[{number}] is not valid Unicode: a lone surrogate at index "
+                f"{error.start}"
+            ) from error
+    if n_bytes > _MOST_STOP_BYTES:
+        raise ValueError(
+            f"stop_sequences have {n_bytes} bytes together; {_MOST_STOP_BYTES} is the limit"
+        )
+    return tuple(given)
 
 
 class RequestKwargs(TypedDict, total=False):
@@ -46,6 +77,9 @@ class RequestKwargs(TypedDict, total=False):
     min_p: float
     repetition_penalty: float
     seed: int | None
+    stop_sequences: Sequence[str] | None
+    thinking: bool
+    thinking_budget_tokens: int | None
     parent_key: CacheKey | None
     cache_salt: str | None
     explain: bool
@@ -72,6 +106,12 @@ class RequestOptions:
     repetition_penalty: float = 1.0
     seed: int | None = None
     """None: 0. Equal seeds give equal draws."""
+    stop_sequences: tuple[str, ...] = attrs.field(default=(), converter=_stop_sequences)
+    """Texts that end the reply where the first of them begins."""
+    thinking: bool = False
+    """Make events of what is between the model's ``thinking_markers``."""
+    thinking_budget_tokens: int | None = None
+    """With thinking: deliver this many deltas of it at most. None, 0 or less: any number."""
     parent_key: CacheKey | None = None
     """``finish_key`` of the turn before: a hint. Content decides what is reused."""
     cache_salt: str | None = None

@@ -12,7 +12,7 @@ from erllama_core.interfaces.block import TOKEN_BYTES
 from erllama_core.interfaces.stream import Done, Event
 from erllama_core.model.explain import Finding
 from erllama_core.model.options import RequestOptions
-from erllama_core.prompt import Prompt
+from erllama_core.prompt import Prompt, unpack
 from erllama_core.results import (
     CacheDelta,
     CacheKey,
@@ -48,22 +48,27 @@ class Request:
         prompt: Prompt,
         options: RequestOptions,
         *,
-        max_generated: int,
+        context_size: int,
         sampler: Sampler,
         pipeline: Pipeline,
     ) -> None:
         self.id: Final = request_id
         self.options: Final = options
-        self.prompt_tokens: Final = len(prompt)
-        self.max_generated: Final = max_generated
-        self.sampler: Final = sampler
+        self.prompt_tokens = len(prompt)
+        self.may_respell: Final = prompt.text is not None
+        """Whether its text is what was meant, so that other tokens of that text do as well."""
+        self.respelt = False
+        """It goes on with other tokens of its text."""
+        self.context_size: Final = context_size
+        self.max_generated = self._room(self.prompt_tokens)
+        self.sampler = sampler
         self.pipeline: Final = pipeline
         self.mailbox: Final[Mailbox[Event | Exception]] = Mailbox()
         self.tokens = bytearray(prompt.packed)
         """The context, packed: prompt and reply."""
         self.generated: Final[list[int]] = []
         self.keys: ContextKeys | None = None
-        """Made by the worker, which knows the namespace."""
+        """Made when the request is submitted to a worker, which knows the namespace."""
         self.phase = Phase.QUEUED
         self.cancelled = False
         self.seq = -1
@@ -100,6 +105,31 @@ class Request:
     def max_tokens(self) -> int:
         """The longest that the context can become: the cells that it needs."""
         return self.prompt_tokens + self.max_generated
+
+    def _room(self, prompt_tokens: int) -> int:
+        """Tokens that may be generated after so long a prompt."""
+        room = self.context_size - prompt_tokens
+        return min(self.options.response_tokens or room, room)
+
+    def max_tokens_after(self, prompt_tokens: int) -> int | None:
+        """What ``max_tokens`` is for a prompt of another length; None when that is too long."""
+        room = self._room(prompt_tokens)
+        return prompt_tokens + room if room > 0 else None
+
+    def respell(self, tokens: bytes, keys: ContextKeys, sampler: Sampler | None) -> None:
+        """Go on with other tokens of the same text; nothing was computed yet."""
+        self.tokens[:] = tokens
+        self.prompt_tokens = len(tokens) // TOKEN_BYTES
+        self.max_generated = self._room(self.prompt_tokens)
+        self.keys = keys
+        if sampler is not None:
+            self.sampler.close()
+            self.sampler = sampler
+
+    @property
+    def context_tokens(self) -> tuple[int, ...]:
+        """The context as the model sees it: the prompt's tokens, and the reply's."""
+        return tuple(unpack(bytes(self.tokens)))
 
     @property
     def length(self) -> int:
@@ -148,13 +178,17 @@ class Request:
             prefill_s=self.prefill_s,
             first_token_s=None if first is None else first - self.submitted_at,
             decode_s=0.0 if first is None else now - first,
+            stop_sequence=self.pipeline.stop_sequence,
             explain=explanation,
         )
 
-    def finish(self, stats: Stats) -> None:
-        """Deliver what was held back, and the end."""
-        for event in self.pipeline.flush():
+    def finish_reply(self) -> None:
+        """Nothing more is generated: deliver what was held back."""
+        for event in self.pipeline.finish():
             self.mailbox.put(event)
+
+    def finish(self, stats: Stats) -> None:
+        """Deliver the end."""
         self.mailbox.put(Done(stats))
 
     def fail(self, error: Exception) -> None:

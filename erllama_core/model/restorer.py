@@ -25,9 +25,10 @@ _ATTEMPTS: Final = 3
 class Restorer:
     """Look-up, fetch, import. Used by the worker; only a fetch leaves its thread.
 
-    ``post`` runs something on the worker, ``cells_for`` says how many cells a request may use
-    while it is restored. When a request's sequence is as far as it gets,
-    ``ready`` is called with the logits to sample its first token from, if they were stored.
+    ``post`` runs something on the worker. ``cells_for`` says how many cells a request may use
+    while it is restored, ``respell`` has it go on with other tokens of its text if there is room
+    for them. When a request's sequence is as far as it gets, ``ready`` is called with the logits
+    to sample its first token from, if they were stored.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class Restorer:
         post: Callable[[Request, Callable[[Request], None]], None],
         ready: Callable[[Request, Mark | None], None],
         cells_for: Callable[[Request], int],
+        respell: Callable[[Request, bytes], bool],
     ) -> None:
         self._context: Final = context
         self._space: Final = space
@@ -45,15 +47,14 @@ class Restorer:
         self._post: Final = post
         self._ready: Final = ready
         self._cells_for: Final = cells_for
+        self._respell: Final = respell
         self.outstanding = 0
         """Calls that other threads still owe; each one posts."""
 
     def start(self, request: Request, *, use_mark: bool = True) -> None:
         """Begin; the request has an empty sequence."""
         request.phase = Phase.LOADING
-        keys = request.keys
-        assert keys is not None
-        match = self._space.find(keys, may_sample=use_mark and self._mark_would_serve(request))
+        match = self._find(request, use_mark=use_mark)
         if match.length < request.prompt_tokens - 1 and not self._space.is_scanned:
             self.outstanding += 1
             self._space.when_scanned(lambda: self._post(request, self._after_scan))
@@ -62,16 +63,24 @@ class Restorer:
 
     def _after_scan(self, request: Request) -> None:
         self.outstanding -= 1
-        if request.phase is not Phase.LOADING:
-            return
-        keys = request.keys
-        assert keys is not None
-        match = self._space.find(keys, may_sample=self._mark_would_serve(request))
-        self._fetch(request, match)
+        if request.phase is Phase.LOADING:
+            self._fetch(request, self._find(request))
+
+    def _find(self, request: Request, *, use_mark: bool = True) -> Match:
+        """What is stored of the prompt, or of the same text in other tokens if that is more."""
+        may_sample = use_mark and self._mark_would_serve(request)
+        assert request.keys is not None
+        match = self._space.find(request.keys, may_sample=may_sample)
+        if request.may_respell and match.length < request.prompt_tokens - 1:
+            tokens = self._space.respell(request.keys, match)
+            if tokens is not None and self._respell(request, tokens):
+                request.respelt = True
+                match = self._space.find(request.keys, may_sample=may_sample)
+        return match
 
     def _fetch(self, request: Request, match: Match) -> None:
         if request.options.explain and request.keys is not None:
-            request.finding = examine(self._space, request.keys, match)
+            request.finding = examine(self._space, request.keys, match, respelt=request.respelt)
         fitting = match.within(self._cells_for(request))
         if fitting is not match:
             match = fitting

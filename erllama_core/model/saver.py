@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final
 
@@ -12,8 +12,8 @@ from erllama_core.cache.counters import SaveReason
 from erllama_core.cache.keys import ContextKeys
 from erllama_core.cache.pages import PooledPages
 from erllama_core.cache.policy import SavePolicy
-from erllama_core.cache.space import ModelSpace
-from erllama_core.interfaces.backend import Context, KVClass
+from erllama_core.cache.space import ModelSpace, NewBlock
+from erllama_core.interfaces.backend import Context, KVClass, RangeExport
 from erllama_core.interfaces.log import get_logger
 from erllama_core.model.request import Request
 
@@ -84,6 +84,8 @@ class Saver:
         reached = min(boundary, request.computed)
         if reached < boundary:
             reached -= reached % self._align
+        if self._context.exports_whole and not at_end and reached < limit - limit % self._align:
+            return  # a long prompt's beginning would be copied with every part of it
         self._save_blocks(request, reached, "cold")
         if row is not None and boundary == prompt:
             self._save_end(request, row, "cold")
@@ -124,20 +126,47 @@ class Saver:
         assert keys is not None
         if self._space.kv_class is KVClass.WHOLE:
             return
-        while request.saved < end:
-            block = self._space.next_block(keys, request.saved, end)
-            if block is None:
-                request.saved = end
-                return
-            pages = self._copy(
-                request,
-                self._context.range_bytes(request.seq, block.start, block.end),
-                functools.partial(self._context.export_range, request.seq, block.start, block.end),
-            )
-            if pages is None:
-                return
+        blocks: list[tuple[NewBlock, PooledPages]] = []
+        try:
+            position = self._lay_out(request, keys, end, blocks)
+            self._export(request, blocks)
+        except BaseException:
+            for _, pages in blocks:
+                self._space.forgo(pages)
+            raise
+        for block, pages in blocks:
             self._space.submit_block(keys, block, pages, reason)
-            request.saved = block.end
+        request.saved = position
+
+    def _lay_out(
+        self,
+        request: Request,
+        keys: ContextKeys,
+        end: int,
+        blocks: list[tuple[NewBlock, PooledPages]],
+    ) -> int:
+        """Add the blocks that are missing before ``end``, while there is room; up to where."""
+        position = request.saved
+        while position < end:
+            block = self._space.next_block(keys, position, end)
+            if block is None:
+                return end
+            size = self._context.range_bytes(request.seq, block.start, block.end)
+            pages = self._space.reserve(size, beyond_bound=request.is_last_save)
+            if pages is None:
+                break
+            blocks.append((block, pages))
+            position = block.end
+        return position
+
+    def _export(self, request: Request, blocks: Sequence[tuple[NewBlock, PooledPages]]) -> None:
+        """Copy all of them at once: it may cost as much as copying one."""
+        if not blocks:
+            return
+        started = time.perf_counter_ns()
+        ranges = [RangeExport(block.start, block.end, pages.view) for block, pages in blocks]
+        self._context.export_ranges(request.seq, ranges)
+        self._space.add_pack_time(time.perf_counter_ns() - started)
 
     def _save_end(self, request: Request, row: int | None, reason: SaveReason) -> None:
         """What is kept of the very position at which the sequence stands."""

@@ -94,7 +94,13 @@ class Worker:
         return self._context
 
     def submit(self, request: Request) -> None:
-        """Queue a request. Raises EngineClosed."""
+        """Queue a request. Raises EngineClosed.
+
+        Reading the prompt's text takes a while for a long one, so the caller's thread does it.
+        """
+        request.keys = self._space.keys(request.tokens, request.options.cache_salt)
+        if request.keys.text is not None:
+            request.keys.text.catch_up()
         with self._lock:
             if not self._accepts:
                 raise EngineClosed(f"model {self.name!r} is closed")
@@ -176,7 +182,11 @@ class Worker:
         space = self._space
         keys = space.keys(bytearray(prompt.packed), salt)
         match = space.find(keys, may_sample=True)
-        finding = examine(space, keys, match)
+        other = space.respell(keys, match) if prompt.text is not None else None
+        if other is not None:
+            keys = space.keys(bytearray(other), salt)
+            match = space.find(keys, may_sample=True)
+        finding = examine(space, keys, match, respelt=other is not None)
         gate = space.judge(match, len(keys))
         return attrs.evolve(finding, gate=gate), space.kv_class
 
@@ -227,6 +237,7 @@ class Worker:
             self._post,
             self._restored,
             self._cells_for,
+            self._respell,
         )
         self._saver = Saver(context, self._space, self._policy)
         self._composer = TickComposer(context.n_batch, self._policy.prefill_chunk_size)
@@ -331,15 +342,28 @@ class Worker:
         return min(self._context.n_ctx, self._context.n_cells - others)
 
     def _start(self, request: Request) -> None:
-        request.keys = self._space.keys(request.tokens, request.options.cache_salt)
         self._restorer.start(request)
+
+    def _respell(self, request: Request, tokens: bytes) -> bool:
+        """Have a request go on with other tokens of its text, if it has room for them."""
+        needed = request.max_tokens_after(len(tokens) // TOKEN_BYTES)
+        if needed is None or needed > self._cells_for(request):
+            return False
+        sampling = request.options.sampling()
+        sampler = None
+        if sampling.repetition_penalty != 1.0:  # else it has no use for the prompt's tokens
+            sampler = self._model.new_sampler(sampling, tokens)
+        self._reserved_cells += needed - request.max_tokens
+        keys = self._space.keys(request.tokens, request.options.cache_salt)
+        request.respell(tokens, keys, sampler)
+        return True
 
     def _restored(self, request: Request, mark: Mark | None) -> None:
         """The sequence of a request is as far as stored state brings it."""
         self._last_hit = CacheHit(request.hit_kind, request.read)
         if mark is None:
             return
-        self._take(request, request.sampler.sample_mark(mark))
+        self._take(request, request.sampler.sample_mark(mark, greedy=request.pipeline.greedy))
         if request.phase is Phase.CLOSING and request.computed == request.length:
             self._release(request)  # it said nothing, and what it read is stored
 
@@ -365,6 +389,7 @@ class Worker:
 
     def _answer_cancelled(self, request: Request) -> None:
         """It has said nothing: there is no reply to finish."""
+        request.finish_reply()
         request.finish(request.stats("cancelled", None, self._explanation(request)))
         self._release(request)
 
@@ -414,7 +439,8 @@ class Worker:
                 self._guard(request, functools.partial(self._save, row=last))
 
     def _sample(self, request: Request, row: int) -> None:
-        self._take(request, self._context.sample(row, request.sampler))
+        greedy = request.pipeline.greedy
+        self._take(request, self._context.sample(row, request.sampler, greedy=greedy))
 
     def _take(self, request: Request, token: int) -> None:
         """A token was sampled: tell the caller, and see whether it was the last one."""
@@ -430,11 +456,16 @@ class Worker:
         request.append(token)
         for event in request.pipeline.feed(token):
             request.mailbox.put(event)
-        if len(request.generated) >= request.max_generated:
+        if request.pipeline.ended:
+            self._answer(request, "stop")
+        elif len(request.generated) >= request.max_generated:
             self._answer(request, "length")
 
     def _answer(self, request: Request, reason: FinishReason) -> None:
         """Generation has ended: the caller gets the end now, the cache the rest of it next."""
+        request.finish_reply()
+        if reason == "length" and request.pipeline.stop_sequence is not None:
+            reason = "stop"  # it was met, but a better one could have come
         key = None
         if self._saver.saves(request.length) and request.keys is not None:
             key = CacheKey(request.keys.key(request.length))

@@ -45,11 +45,6 @@ _MAX_CELLS: Final = 2**31 - _CELL_STEP
 
 def check_options(options: ContextOptions) -> None:
     """Raise ModelLoadError for options that llama.cpp refuses, crashes on or ignores."""
-    if not options.kv_unified:
-        raise ModelLoadError(
-            "context_opts.kv_unified = false: this backend keeps one pool of cells for all "
-            "sequences; leave kv_unified at true"
-        )
     limits = {
         "n_ctx": _MAX_CELLS,
         "n_batch": _MAX_CELLS,
@@ -62,6 +57,11 @@ def check_options(options: ContextOptions) -> None:
         value = getattr(options, name)
         if value is not None and not 1 <= value <= limit:
             raise ModelLoadError(f"context_opts.{name} is 1 to {limit}, got {value}")
+    if not options.kv_unified and native_cells(options) > _MAX_CELLS:
+        raise ModelLoadError(
+            f"context_opts.n_ctx = {options.n_ctx} for each of {options.n_seq_max} sequences; "
+            f"all together have {_MAX_CELLS} cells at most. Lower n_ctx or n_seq_max."
+        )
     if options.n_batch <= options.n_seq_max:
         raise ModelLoadError(
             f"context_opts.n_batch = {options.n_batch} must be larger than "
@@ -82,6 +82,12 @@ def check_options(options: ContextOptions) -> None:
         )
 
 
+def native_cells(options: ContextOptions) -> int:
+    """Cells of all sequences together, as llama.cpp counts them."""
+    cells = -(-options.n_ctx // _CELL_STEP) * _CELL_STEP
+    return cells if options.kv_unified else cells * options.n_seq_max
+
+
 def native_params(options: ContextOptions, *, n_seq: int, window: int) -> Any:
     """``struct llama_context_params`` for ``n_seq`` native sequences.
 
@@ -90,7 +96,7 @@ def native_params(options: ContextOptions, *, n_seq: int, window: int) -> Any:
     """
     threads = options.n_threads or default_threads()
     params = llama_cpp.llama_context_default_params()
-    params.n_ctx = -(-options.n_ctx // _CELL_STEP) * _CELL_STEP
+    params.n_ctx = native_cells(options)
     params.n_batch = options.n_batch
     params.n_ubatch = min(options.n_ubatch, options.n_batch)
     params.n_seq_max = n_seq
@@ -111,7 +117,7 @@ def native_params(options: ContextOptions, *, n_seq: int, window: int) -> Any:
     params.type_k = CACHE_TYPES[options.type_k]
     params.type_v = CACHE_TYPES[options.type_v]
     params.swa_full = options.swa_full
-    params.kv_unified = True
+    params.kv_unified = options.kv_unified
     return params
 
 

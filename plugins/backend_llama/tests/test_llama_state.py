@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from erllama_core.errors import NotSupported, StateRejected
-from erllama_core.interfaces.backend import KVClass, RangeImport
+from erllama_core.interfaces.backend import KVClass, RangeExport, RangeImport
 
 Bench = Callable[..., Any]
 
@@ -244,9 +244,9 @@ def test_export_needs_a_buffer_of_the_right_size(bench: Bench) -> None:
     size = b.context.range_bytes(0, 8, 40)
     for wrong in (size - 1, size + 1):
         with pytest.raises(ValueError, match="bytes"):
-            b.context.export_range(0, 8, 40, memoryview(bytearray(wrong)))
+            b.context.export_ranges(0, [RangeExport(8, 40, memoryview(bytearray(wrong)))])
     with pytest.raises(ValueError, match="writable"):
-        b.context.export_range(0, 8, 40, memoryview(bytes(size)))
+        b.context.export_ranges(0, [RangeExport(8, 40, memoryview(bytes(size)))])
     assert b.context._state.positions(1) == (-1, -1)
 
 

@@ -13,6 +13,7 @@ from erllama_core.errors import ModelLoadError
 from erllama_core.interfaces.backend import (
     BackendRequest,
     ContextOptions,
+    RangeExport,
     RangeImport,
     Row,
     SamplingParams,
@@ -121,6 +122,6 @@ def test_restored_contexts_are_scripted_alike(cut: int) -> None:
     source, target = model.open_context(), model.open_context()
     source.step([Row(1, 0, packed, logits=False)])
     data = bytearray(source.range_bytes(1, 0, cut))
-    source.export_range(1, 0, cut, memoryview(data))
+    source.export_ranges(1, [RangeExport(0, cut, memoryview(data))])
     target.import_ranges(0, [RangeImport(0, cut, cut, memoryview(data))])
     assert reply(model, prompt, context=target, cached=cut) == "Ho."

@@ -84,7 +84,8 @@ class Saver:
         reached = min(boundary, request.computed)
         if reached < boundary:
             reached -= reached % self._align
-        if self._context.exports_whole and not at_end and reached < limit - limit % self._align:
+        last = boundary - boundary % self._align
+        if self._context.exports_whole and row is None and reached < last:
             return  # a long prompt's beginning would be copied with every part of it
         self._save_blocks(request, reached, "cold")
         if row is not None and boundary == prompt:
@@ -152,7 +153,7 @@ class Saver:
             if block is None:
                 return end
             size = self._context.range_bytes(request.seq, block.start, block.end)
-            pages = self._space.reserve(size, beyond_bound=request.is_last_save)
+            pages = self._reserve(request, size)
             if pages is None:
                 break
             blocks.append((block, pages))
@@ -193,9 +194,8 @@ class Saver:
     def _copy(
         self, request: Request, size: int, export: Callable[[memoryview], None]
     ) -> PooledPages | None:
-        pages = self._space.reserve(size, beyond_bound=request.is_last_save)
+        pages = self._reserve(request, size)
         if pages is None:
-            request.drops += 1
             return None
         started = time.perf_counter_ns()
         try:
@@ -204,4 +204,10 @@ class Saver:
             self._space.forgo(pages)
             raise
         self._space.add_pack_time(time.perf_counter_ns() - started)
+        return pages
+
+    def _reserve(self, request: Request, size: int) -> PooledPages | None:
+        pages = self._space.reserve(size, beyond_bound=request.is_last_save)
+        if pages is None:
+            request.drops += 1
         return pages

@@ -131,6 +131,17 @@ class Completion:
 
 
 @attrs.frozen
+class Prefill:
+    """A prompt that was computed and saved."""
+
+    finish_key: CacheKey | None
+    """Names it, when it will be saved; None when it is too short to be."""
+    committed_tokens: int
+    cache_hit_kind: HitKind
+    cache_delta: CacheDelta
+
+
+@attrs.frozen
 class ModelInfo:
     """A loaded model as an observer sees it; read without waiting for its worker."""
 
@@ -143,6 +154,15 @@ class ModelInfo:
     n_ctx: int
     n_seq_max: int
     available_seqs: int
+    """Sequences that no request has."""
+    pinned_idle_seqs: int
+    """Of these, the ones that hold a session's context."""
+    prefill_tokens_per_s: float
+    """Of late; 0.0 until it was measured."""
+    decode_tokens_per_s: float
+    """Of all replies together, of late; 0.0 until it was measured."""
+    preemptions: int
+    """How often a request lost its cells to others for a while."""
     kv_class: str
     n_vocab: int
     fingerprint: str

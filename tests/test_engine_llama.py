@@ -129,13 +129,11 @@ def test_requests_run_together(tiny: dict[Arch, Path], tmp_path: Path) -> None:
 
 
 def test_what_llama_cannot_do_yet(tiny: dict[Arch, Path], tmp_path: Path) -> None:
-    """Embeddings and separate buffers are refused with a reason; nothing else happens."""
+    """Embeddings are refused with a reason; nothing else happens."""
     with make_engine(tmp_path) as engine:
         model = load(engine, tiny["llama"])
         with pytest.raises(NotSupported, match="embeddings"):
             model.embed("text")
-        with pytest.raises(ModelLoadError, match="kv_unified"):
-            load(engine, tiny["llama"], context_opts={"kv_unified": False})
         with pytest.raises(PromptTooLong):
             model.complete([40] * 1024)
         assert model.complete("still here", response_tokens=2).finish_reason == "length"

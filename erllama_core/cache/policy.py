@@ -11,7 +11,7 @@ import attrs
 class SavePolicy:
     """The save policy of a model: ``[cache]``, overridden by the model's ``policy`` table.
 
-    All counts are tokens, but for the milliseconds of ``evict_save_timeout_ms``.
+    All counts are tokens, but for those in milliseconds, ``…_ms``.
     """
 
     min_tokens: int = 64
@@ -30,6 +30,9 @@ class SavePolicy:
     """No stored block crosses a multiple of this; it is also the longest block."""
     prefill_chunk_size: int | None = None
     """Prompt tokens in one step, at most. None: a quarter of n_batch, 64 at least."""
+    stall_target_ms: int = 100
+    """While replies are generated, prompts get no more of a step than is computed in this time.
+    0: as much as ``prefill_chunk_size`` says."""
     evict_save_timeout_ms: int = 30_000
     """How long a save of running requests, and the last one before a model is closed, waits
     until it is written. 0: not at all."""
@@ -60,6 +63,7 @@ class SavePolicy:
             ("boundary_trim_tokens", 0),
             ("boundary_align_tokens", 1),
             ("prefill_chunk_size", 1),
+            ("stall_target_ms", 0),
             ("evict_save_timeout_ms", 0),
         ):
             value = getattr(self, name)

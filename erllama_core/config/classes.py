@@ -337,6 +337,10 @@ def _context_problems(options: ContextOptions) -> Iterator[Problem]:
         if value is not None and not 1 <= value <= _MOST_TOKENS:
             bounds = "too small; at least 1" if value < 1 else f"too large; at most {_MOST_TOKENS}"
             yield f"context_opts.{name}", f"{value} is {bounds}"
+    for name in ("decode_budget_ms", "resident_cells_max"):
+        value = getattr(options, name)
+        if value is not None and value < 0:
+            yield f"context_opts.{name}", f"{value} is too small; at least 0"
     for name in ("type_k", "type_v"):
         if not getattr(options, name):
             yield f"context_opts.{name}", "empty"

@@ -8,7 +8,7 @@ import itertools
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Self, Unpack
 
@@ -39,9 +39,17 @@ from erllama_core.host import PluginHost
 from erllama_core.interfaces.log import get_logger
 from erllama_core.model.loading import open_model
 from erllama_core.model.model import Model, ModelRef, PromptLike, ReplySetup
-from erllama_core.model.options import RequestKwargs
+from erllama_core.model.options import ReplyKwargs, RequestKwargs
 from erllama_core.prompt import Prompt
-from erllama_core.results import CacheHit, Completion, Explanation, ModelInfo, Phase
+from erllama_core.results import (
+    CacheHit,
+    CacheKey,
+    Completion,
+    Explanation,
+    ModelInfo,
+    Phase,
+    Prefill,
+)
 from erllama_core.signing import no_signature
 from erllama_core.stream.pipeline import Stage
 from erllama_core.stream.stream import Stream
@@ -223,6 +231,15 @@ class Engine:
         found = self._find(model)
         return 0 if found is None else found.pending_len()
 
+    def queue_depth(self, model: ModelRef | None = None) -> int:
+        """Streams of a model, or of all, that have not ended; 0 for an unknown one."""
+        if model is not None:
+            found = self._find(model)
+            return 0 if found is None else found.queue_depth()
+        with self._lock:
+            loaded = list(self._models.values())
+        return sum(one.queue_depth() for one in loaded)
+
     def last_cache_hit(self, model: ModelRef) -> CacheHit | None:
         """What the request found that a model admitted last; None before, or if unknown."""
         found = self._find(model)
@@ -249,6 +266,43 @@ class Engine:
     ) -> Stream:
         """See :meth:`Model.infer`."""
         return self._resolve(model).infer(prompt, **options)
+
+    def prefill_only(
+        self,
+        model: ModelRef,
+        prompt: PromptLike,
+        *,
+        parent_key: CacheKey | None = None,
+        cache_salt: str | None = None,
+    ) -> Prefill:
+        """See :meth:`Model.prefill_only`."""
+        return self._resolve(model).prefill_only(
+            prompt, parent_key=parent_key, cache_salt=cache_salt
+        )
+
+    def continue_session(
+        self,
+        model: ModelRef,
+        suffix_tokens: Sequence[int],
+        *,
+        session_id: Hashable,
+        expect_committed: Sequence[int] | None = None,
+        **options: Unpack[ReplyKwargs],
+    ) -> Stream:
+        """See :meth:`Model.continue_session`."""
+        return self._resolve(model).continue_session(
+            suffix_tokens, session_id=session_id, expect_committed=expect_committed, **options
+        )
+
+    def end_session(self, model: ModelRef, session_id: Hashable) -> None:
+        """See :meth:`Model.end_session`; an unknown model is a no-op too."""
+        found = self._find(model)
+        if found is not None:
+            found.end_session(session_id)
+
+    def reset_session(self, model: ModelRef, session_id: Hashable) -> bool:
+        """See :meth:`Model.reset_session`."""
+        return self._resolve(model).reset_session(session_id)
 
     def why(
         self, model: ModelRef, prompt: PromptLike, *, cache_salt: str | None = None

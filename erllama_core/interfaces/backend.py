@@ -44,6 +44,12 @@ class ContextOptions:
     flash_attn: Literal["auto"] | bool = "auto"
     type_k: str = "f16"
     type_v: str = "f16"
+    decode_budget_ms: int = 30_000
+    """A step that takes longer is aborted, and its requests end with DecodeTimeout; one that does
+    not even end then is left behind with its context. 0: steps may take any time."""
+    resident_cells_max: int | None = None
+    """Cells that finished contexts may hold on to, beside those of sessions. None: an eighth of
+    unified cells, as every cell that is in use slows all replies down; all separate ones."""
 
 
 @attrs.frozen(kw_only=True)
@@ -423,9 +429,10 @@ class BackendModel(Protocol):
         ...
 
     def open_context(self) -> Context:
-        """The context, as ``BackendRequest.context`` described it. Called once, on the worker.
+        """The context, as ``BackendRequest.context`` described it. Called on the worker.
 
-        Raises ModelLoadError.
+        Called again, on another thread, when a call in the context before did not come back; that
+        one may come back, and be closed, later. Raises ModelLoadError.
         """
         ...
 

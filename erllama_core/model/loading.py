@@ -29,7 +29,7 @@ from erllama_core.model.fingerprint import (
     weights_files,
 )
 from erllama_core.model.model import ModelParts, ReplySetup
-from erllama_core.model.worker import Worker
+from erllama_core.model.worker import Worker, WorkerOptions
 from erllama_core.providers import BackendProvider
 
 NO_FILE: Final = bytes(32)
@@ -94,7 +94,17 @@ def open_model(
             gate=_gate(context, policy, cache),
         )
 
-    worker = Worker(model_id, backend, open_space, policy)
+    chosen = config.context_opts
+    worker = Worker(
+        model_id,
+        backend,
+        open_space,
+        WorkerOptions(
+            policy=policy,
+            decode_budget_ms=chosen.decode_budget_ms,
+            resident_cells_max=chosen.resident_cells_max,
+        ),
+    )
     try:
         context = _start(worker, provider)
         context_size = _context_size(config, context)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import time
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from erllama_core.cache.keys import ContextKeys
 from erllama_core.interfaces.backend import Sampler
@@ -25,6 +25,10 @@ from erllama_core.results import (
 from erllama_core.stream.mailbox import Mailbox
 from erllama_core.stream.pipeline import Pipeline
 
+if TYPE_CHECKING:
+    from erllama_core.model.sequences import LiveSequence
+    from erllama_core.model.session import Session
+
 
 class Phase(enum.Enum):
     """Where a request is."""
@@ -32,6 +36,8 @@ class Phase(enum.Enum):
     QUEUED = enum.auto()
     LOADING = enum.auto()
     """It has a sequence, and waits for stored state to be read."""
+    FOLLOWING = enum.auto()
+    """It has a sequence, and waits for another request to compute what both begin with."""
     PREFILLING = enum.auto()
     GENERATING = enum.auto()
     CLOSING = enum.auto()
@@ -51,6 +57,9 @@ class Request:
         context_size: int,
         sampler: Sampler,
         pipeline: Pipeline,
+        generates: bool = True,
+        continues: bool = False,
+        is_streamed: bool = False,
     ) -> None:
         self.id: Final = request_id
         self.options: Final = options
@@ -60,6 +69,11 @@ class Request:
         self.respelt = False
         """It goes on with other tokens of its text."""
         self.context_size: Final = context_size
+        self.generates: Final = generates
+        """Whether it wants a reply, and not only its prompt computed."""
+        self.continues: Final = continues
+        """It was given as a session's tokens and more, not as a prompt of its own."""
+        self.is_streamed: Final = is_streamed
         self.max_generated = self._room(self.prompt_tokens)
         self.sampler = sampler
         self.pipeline: Final = pipeline
@@ -71,7 +85,19 @@ class Request:
         """Made when the request is submitted to a worker, which knows the namespace."""
         self.phase = Phase.QUEUED
         self.cancelled = False
-        self.seq = -1
+        self.session: Session | None = None
+        self.live: LiveSequence | None = None
+        self.order = 0
+        """By when it was first given a sequence: the least one is never preempted."""
+        self.was_preempted = False
+        """It had a sequence before, and lost it to others."""
+        self.sticks = False
+        """It goes on in the very cells of its session's last turn."""
+        self.leader: Request | None = None
+        """Who computes the first ``follow_until`` tokens for it."""
+        self.follow_until = 0
+        self.stops: Final[set[int]] = set()
+        """Positions at which slices of its prompt end, as others go on from there."""
         self.computed = 0
         """Tokens whose state the sequence holds."""
         self.saved = 0
@@ -95,6 +121,8 @@ class Request:
         """Fetches that failed."""
         now = time.perf_counter()
         self.submitted_at: Final = now
+        timeout = options.timeout_s
+        self.deadline: Final = None if timeout is None else now + timeout
         self.admitted_at = now
         self.prefill_at = now
         self.first_token_at: float | None = None
@@ -109,12 +137,13 @@ class Request:
     def _room(self, prompt_tokens: int) -> int:
         """Tokens that may be generated after so long a prompt."""
         room = self.context_size - prompt_tokens
-        return min(self.options.response_tokens or room, room)
+        return min(self.options.response_tokens or room, room) if self.generates else 0
 
     def max_tokens_after(self, prompt_tokens: int) -> int | None:
         """What ``max_tokens`` is for a prompt of another length; None when that is too long."""
         room = self._room(prompt_tokens)
-        return prompt_tokens + room if room > 0 else None
+        least = 1 if self.generates else 0
+        return prompt_tokens + room if room >= least else None
 
     def respell(self, tokens: bytes, keys: ContextKeys, sampler: Sampler | None) -> None:
         """Go on with other tokens of the same text; nothing was computed yet."""
@@ -137,11 +166,28 @@ class Request:
         return len(self.tokens) // TOKEN_BYTES
 
     @property
+    def seq(self) -> int:
+        """The id of its sequence."""
+        assert self.live is not None
+        return self.live.seq
+
+    @property
     def hit_kind(self) -> HitKind:
         """What the look-up came to."""
         if not self.read:
             return "cold"
+        if self.sticks:
+            return "continuation" if self.continues else "sticky"
         return "exact" if self.read == self.prompt_tokens else "partial"
+
+    def lose_sequence(self) -> None:
+        """Its cells are others' from now on; it waits to go on where it was."""
+        self.phase = Phase.QUEUED
+        self.was_preempted = True
+        self.live = self.leader = None
+        self.sticks = False
+        self.stops.clear()
+        self.computed = self.saved = self.tried = self.attempts = 0
 
     def append(self, token: int) -> None:
         """A token was sampled."""

@@ -84,8 +84,7 @@ class Saver:
         reached = min(boundary, request.computed)
         if reached < boundary:
             reached -= reached % self._align
-        last = boundary - boundary % self._align
-        if self._context.exports_whole and row is None and reached < last:
+        if self._context.exports_whole and row is None:
             return  # a long prompt's beginning would be copied with every part of it
         self._save_blocks(request, reached, "cold")
         if row is not None and boundary == prompt:
@@ -112,6 +111,16 @@ class Saver:
             self._save_end(request, row, reason)
             assert request.keys is not None
             self._space.touch(request.keys, request.computed)
+
+    def before_loss(self, request: Request) -> None:
+        """A request that has ended is about to lose its sequence: save what is not stored."""
+        keys = request.keys
+        assert keys is not None
+        snapshots = self._space.kv_class is not KVClass.SPAN
+        if request.saved < request.computed or (
+            snapshots and not self._space.has_snapshot(keys, request.computed)
+        ):
+            self.at_end(request, None, "evict")
 
     @contextmanager
     def _unharmed(self, request: Request) -> Iterator[None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final, Self
 
+from erllama_core.errors import TimeoutExceeded
 from erllama_core.interfaces.stream import (
     Done,
     Event,
@@ -127,6 +128,8 @@ class Stream:
     def _note(self, item: Event | Exception) -> Event:
         if isinstance(item, Exception):
             self._error = item
+            if isinstance(item, TimeoutExceeded):
+                item.partial = self._completion(item.stats)
             raise item
         if isinstance(item, TextDelta):
             self._reply.append(item.data)

@@ -30,7 +30,7 @@ def read(tokens: list[int]) -> list[bytes | int]:
         if token in CONTROL or not PIECES[token]:
             seen += [token, b""]
         else:
-            seen[-1] = bytes(seen[-1]) + PIECES[token]  # type: ignore[arg-type]
+            seen[-1] = bytes(seen[-1]) + PIECES[token]
     return seen
 
 

@@ -165,7 +165,7 @@ class Saver:
             if block is None:
                 return end
             size = self._context.range_bytes(request.seq, block.start, block.end)
-            pages = self._space.reserve(size, beyond_bound=request.is_last_save)
+            pages = self._reserve(request, size)
             if pages is None:
                 break
             blocks.append((block, pages))
@@ -206,9 +206,8 @@ class Saver:
     def _copy(
         self, request: Request, size: int, export: Callable[[memoryview], None]
     ) -> SaveBuffer | None:
-        pages = self._space.reserve(size, beyond_bound=request.is_last_save)
+        pages = self._reserve(request, size)
         if pages is None:
-            request.drops += 1
             return None
         started = time.perf_counter_ns()
         try:
@@ -217,4 +216,10 @@ class Saver:
             self._space.forgo(pages)
             raise
         self._space.add_pack_time(time.perf_counter_ns() - started)
+        return pages
+
+    def _reserve(self, request: Request, size: int) -> SaveBuffer | None:
+        pages = self._space.reserve(size, beyond_bound=request.is_last_save)
+        if pages is None:
+            request.drops += 1
         return pages

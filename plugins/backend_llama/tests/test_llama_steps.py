@@ -12,7 +12,7 @@ from llama_cpp import llama_cpp
 
 from erllama_backend_llama.context import DECODE_STATUS
 from erllama_core.errors import DecodeAborted, DecodeFailed, EngineClosed, InvalidPrompt
-from erllama_core.interfaces.backend import KVClass, Row
+from erllama_core.interfaces.backend import DeclaresCosts, KVClass, Row
 
 Bench = Callable[..., Any]
 TOKENS = [(11 * index + 3) % 256 for index in range(300)]
@@ -245,3 +245,16 @@ def test_a_closed_context_refuses_everything_else(bench: Bench) -> None:
     for call in calls:
         with pytest.raises(EngineClosed):
             call()
+
+
+def test_the_guess_at_costs_goes_by_weights_and_threads(bench: Bench) -> None:
+    """Twice the threads, half the time; a larger model takes longer."""
+    one, two = bench("llama", n_threads=1).context, bench("llama", n_threads=2).context
+    assert isinstance(one, DeclaresCosts)
+    prior = one.cost_prior
+    assert prior is not None
+    assert prior.import_s_per_byte > 0
+    small = bench("mamba", n_threads=1).context.cost_prior
+    assert 0 < small.compute_s_per_token < prior.compute_s_per_token
+    if not llama_cpp.llama_supports_gpu_offload():
+        assert two.cost_prior.compute_s_per_token == pytest.approx(prior.compute_s_per_token / 2)

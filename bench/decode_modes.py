@@ -1,6 +1,7 @@
 """Decode throughput with unified and with separate KV cells, at 1, 4 and 8 streams.
 
-    python bench/decode_modes.py [--model FILE] [--tokens 1500] [--steps 32] [--rounds 5] [--json]
+    python bench/decode_modes.py [--model FILE] [--tokens 1500] [--steps 32] [--rounds 5]
+                                 [--threads 1] [--json]
 
 Every stream has a context of so many tokens: cells of its own, or all but the last few of them
 shared. Contexts are computed once and imported, so that what is timed is one ``step`` per
@@ -63,7 +64,9 @@ CASES = (
 class Bench:
     """One context of either kind, big enough for every case."""
 
-    def __init__(self, path: Path, *, unified: bool, tokens: int, steps: int) -> None:
+    def __init__(
+        self, path: Path, *, unified: bool, tokens: int, steps: int, threads: int | None
+    ) -> None:
         self._tokens = tokens
         self._steps = steps
         self._n_seq = max(STREAMS) * 2
@@ -76,6 +79,7 @@ class Bench:
                     n_ctx=n_ctx * max(STREAMS) if unified else n_ctx,
                     n_seq_max=self._n_seq,
                     kv_unified=unified,
+                    n_threads=threads,
                 ),
             )
         )
@@ -131,13 +135,17 @@ class Bench:
         self._model.close()
 
 
-def measure(path: Path, *, tokens: int, steps: int, rounds: int) -> dict[str, dict[int, float]]:
+def measure(
+    path: Path, *, tokens: int, steps: int, rounds: int, threads: int | None = None
+) -> dict[str, dict[int, float]]:
     """Median tokens per second, by case and number of streams."""
     rates: dict[tuple[str, int], list[float]] = {}
     with contextlib.ExitStack() as stack:
         benches = {}
         for unified in (True, False):
-            bench = benches[unified] = Bench(path, unified=unified, tokens=tokens, steps=steps)
+            bench = benches[unified] = Bench(
+                path, unified=unified, tokens=tokens, steps=steps, threads=threads
+            )
             stack.callback(bench.close)
         for _ in range(rounds):
             for streams in STREAMS:
@@ -156,6 +164,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1500, help="of each stream's context")
     parser.add_argument("--steps", type=int, default=32, help="decoded in each run")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, help="one per core without it")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     figures = measure(
@@ -163,6 +172,7 @@ def main() -> None:
         tokens=options.tokens,
         steps=options.steps,
         rounds=options.rounds,
+        threads=options.threads,
     )
     if options.json:
         print(json.dumps(figures, indent=2))

@@ -34,7 +34,12 @@ def pack(tokens: Sequence[int]) -> bytes:
 def feed(context: Context, seq: int, tokens: Sequence[int]) -> Logits:
     """Append tokens in one step; the logits after the last one, by token id."""
     context.step([Row(seq, context.length(seq), pack(tokens), logits=True)])
-    mark = context.mark(0, None)
+    return logits(context, 0)
+
+
+def logits(context: Context, row_number: int) -> Logits:
+    """Those of a row of the last step, by token id."""
+    mark = context.mark(row_number, None)
     row = np.empty(mark.n_vocab, dtype=np.float32)
     row[np.frombuffer(mark.tokens, "<u4")] = np.frombuffer(mark.logits, "<f4")
     return row
@@ -216,6 +221,17 @@ class ContextContract(abc.ABC):
             assert [span.length(seq) for seq in range(N_SEQ)] == [301, 300, 0]
         with pytest.raises(ValueError, match="no logits"):
             span.mark(2, None)
+
+    def test_rows_may_be_in_any_order(self, span: Context) -> None:
+        """Each row has its own sequence's logits, whatever the order of sequences in a step."""
+        alone = []
+        for seq in range(N_SEQ):
+            alone.append(feed(span, seq, TOKENS[seq : seq + 20]))
+            span.drop(seq)
+        order = [2, 0, 1]
+        span.step([Row(seq, 0, pack(TOKENS[seq : seq + 20]), logits=True) for seq in order])
+        for number, seq in enumerate(order):
+            assert self.same(logits(span, number), alone[seq])
 
     def test_abort_without_a_step_does_nothing(self, span: Context, whole: Context) -> None:
         """A step that begins after an abort is not aborted."""

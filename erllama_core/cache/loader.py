@@ -94,7 +94,7 @@ class Fetch:
         with self._catalog.lock:
             for part in parts:
                 if part.copy is not None:
-                    part.copy.users -= 1
+                    self._catalog.let_go(part.entry, part.copy)
 
     def view(self, entry: Entry) -> memoryview:
         """The payload of one of the match's objects."""
@@ -143,7 +143,7 @@ class Loader:
                     fetch.failed = True
             if fetch.failed:
                 for part, _ in reads:
-                    _unuse(part)
+                    self._unuse(part)
                 reads.clear()
         if not reads:
             self._finish(fetch)
@@ -162,6 +162,11 @@ class Loader:
     def close(self) -> None:
         """Finish the reads under way and stop the threads."""
         self._pool.shutdown(wait=True, cancel_futures=False)
+
+    def _unuse(self, part: _Part) -> None:
+        if part.copy is not None:
+            self._catalog.let_go(part.entry, part.copy)
+            part.copy = None
 
     def _take(self, part: _Part, tiers: tuple[TierStore, ...]) -> TierStore | None:
         """Borrow what is in memory; the tier to read from otherwise. Under the lock."""
@@ -289,9 +294,3 @@ class Loader:
                 for store in stores:
                     self._catalog.discard_corrupt(store, entry.object_id, error.reason)
                 fetch.release()
-
-
-def _unuse(part: _Part) -> None:
-    if part.copy is not None:
-        part.copy.users -= 1
-        part.copy = None

@@ -12,7 +12,7 @@ from erllama_core.cache.counters import CounterSet
 from erllama_core.errors import BlockNotFound, CacheError, TierError, TierFull
 from erllama_core.interfaces.block import ObjectId
 from erllama_core.interfaces.log import get_logger
-from erllama_core.interfaces.tier import KeepsPages, Tier, TierUsage
+from erllama_core.interfaces.tier import KeepsPages, RecordsPins, Tier, TierUsage
 
 log = get_logger("erllama.cache")
 
@@ -36,6 +36,7 @@ class TierStore:
         self.kind: Final = named.kind
         self.tier: Final = named.tier
         self.keeps: Final = named.tier if isinstance(named.tier, KeepsPages) else None
+        self.records: Final = named.tier if isinstance(named.tier, RecordsPins) else None
         self._counters: Final = counters
         self._lock = threading.Lock()
         self._in_trouble = False

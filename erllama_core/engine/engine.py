@@ -76,6 +76,7 @@ class Engine:
             max_inflight_bytes=settings.max_inflight_bytes,
             writer_threads=settings.writer_threads,
             loader_threads=settings.loader_threads,
+            marks_share=settings.marks_share,
         )
         self._lock: Final = threading.Lock()
         self._closing: Final = threading.Lock()

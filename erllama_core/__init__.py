@@ -11,7 +11,14 @@ from erllama_core.cache.tiers import NamedTier
 from erllama_core.config import EngineConfig, ModelConfig, TierConfig, load_config
 from erllama_core.engine import AsyncEngine, Engine, open_tier
 from erllama_core.host import PluginHost
-from erllama_core.interfaces.stream import Done, TextDelta
+from erllama_core.interfaces.stream import (
+    Done,
+    TextDelta,
+    ThinkingDelta,
+    ThinkingEnd,
+    ToolCallDelta,
+    ToolCallEnd,
+)
 from erllama_core.model.model import Model
 from erllama_core.prompt import Prompt
 from erllama_core.results import (
@@ -23,6 +30,7 @@ from erllama_core.results import (
     ModelInfo,
     Stats,
 )
+from erllama_core.signing import verify_thinking
 from erllama_core.stream.stream import Stream
 
 __all__ = [
@@ -51,10 +59,15 @@ __all__ = [
     "Stats",
     "Stream",
     "TextDelta",
+    "ThinkingDelta",
+    "ThinkingEnd",
     "TierConfig",
+    "ToolCallDelta",
+    "ToolCallEnd",
     "Usage",
     "load_config",
     "open_tier",
+    "verify_thinking",
 ]
 
 

@@ -17,9 +17,18 @@
     │   ├── InvalidPrompt (ValueError)    no tokens, or ids outside the vocabulary
     │   ├── PromptTooLong (ValueError)    the prompt does not fit the context
     │   ├── TemplateError (ValueError)    the chat template refused the messages
+    │   ├── SeqCapacity                   all sequences are in use
+    │   ├── TimeoutExceeded (TimeoutError)  it took longer than it was given
     │   └── NotSupported                  this backend cannot do it
+    ├── SessionError
+    │   ├── NoSession (LookupError)       no session has that id
+    │   ├── StickyBusy                    a request of that session is running
+    │   └── TranscriptMismatch (ValueError)  it holds other tokens than expected
     ├── EngineError
     │   ├── DecodeFailed                  the native decode failed
+    │   │   └── DecodeAborted             it was told to end early
+    │   ├── DecodeTimeout                 a step took longer than it may
+    │   ├── EngineReset                   the session was reset
     │   ├── StateRejected                 the native side refused a state
     │   └── EngineClosed                  the engine or the model was closed
     └── CacheError
@@ -36,8 +45,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import attrs
+
+if TYPE_CHECKING:
+    from erllama_core.results import Completion, Stats
 
 
 class ErllamaError(Exception):
@@ -160,8 +173,51 @@ class TemplateError(RequestError, ValueError):
     """The chat template is missing, broken, or refused the messages."""
 
 
+class SeqCapacity(RequestError):
+    """All sequences of the model are in use, and the request was not to wait for one."""
+
+
+class TimeoutExceeded(RequestError, TimeoutError):
+    """The request took longer than its ``timeout_s``; ``partial`` is what there was until then."""
+
+    def __init__(self, message: str, *, stats: Stats) -> None:
+        self.stats = stats
+        self.partial: Completion | None = None
+        """Set by the stream that raises it."""
+        super().__init__(message)
+
+
 class NotSupported(RequestError):
     """The model's backend does not have this ability."""
+
+
+# -------------------------------------------------------------------- sessions
+
+
+class SessionError(ErllamaError):
+    """The request does not fit its session; others are unaffected."""
+
+
+class NoSession(SessionError, LookupError):
+    """There is no session of that id to go on with: give the whole prompt with ``infer``."""
+
+
+class StickyBusy(SessionError):
+    """A request of that session is running; one at a time."""
+
+
+class TranscriptMismatch(SessionError, ValueError):
+    """The session holds other tokens than its caller believes."""
+
+    def __init__(self, stored_len: int, expected_len: int, diverge_at: int) -> None:
+        self.stored_len = stored_len
+        self.expected_len = expected_len
+        self.diverge_at = diverge_at
+        """Index of the first token that differs, or where the shorter one ends."""
+        super().__init__(
+            f"the session holds {stored_len} tokens, {expected_len} were expected, and they "
+            f"differ from token {diverge_at} on; give the whole prompt with infer"
+        )
 
 
 # ---------------------------------------------------------------------- engine
@@ -177,6 +233,18 @@ class DecodeFailed(EngineError):
     def __init__(self, message: str, *, code: int) -> None:
         self.code = code
         super().__init__(f"{message} (status {code})")
+
+
+class DecodeAborted(DecodeFailed):
+    """The native decode was told to end early, and did."""
+
+
+class DecodeTimeout(EngineError):
+    """A step took longer than ``decode_budget_ms`` and was aborted; the model goes on."""
+
+
+class EngineReset(EngineError):
+    """The request's session was reset while it ran."""
 
 
 class StateRejected(EngineError):

@@ -46,4 +46,4 @@ def erllama_pressure_sources() -> Sequence[PressureProvider]:  # type: ignore[em
 
 @hookspec
 def erllama_stream_processors() -> Sequence[StreamProcessorProvider]:  # type: ignore[empty-body]
-    """Stream processors, in the order in which a model's pipeline runs them."""
+    """Stream processors, chosen and ordered by a model's ``processors``."""

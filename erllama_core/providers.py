@@ -9,7 +9,7 @@ import attrs
 
 from erllama_core.interfaces.backend import BackendModel, BackendRequest
 from erllama_core.interfaces.pressure import PressureSource
-from erllama_core.interfaces.stream import StreamProcessor
+from erllama_core.interfaces.stream import ProcessorRequest, StreamProcessor
 from erllama_core.interfaces.tier import Tier
 
 ByteSize = NewType("ByteSize", int)
@@ -86,11 +86,15 @@ class PressureProvider:
 
 @attrs.frozen
 class StreamProcessorProvider:
-    """A stream processor. ``factory`` is called once per request and must not block."""
+    """A stream processor, chosen by a model's ``processors``.
+
+    ``factory`` is called once per request, on the caller's thread, and must not block; None:
+    this request needs none. ``config`` is structured from ``processor_opts.<name>``.
+    """
 
     name: str
     summary: str
-    factory: Callable[[Any], StreamProcessor]
+    factory: Callable[[ProcessorRequest], StreamProcessor | None]
     config: type[Any] = NoOptions
     probe: Probe = always_available
 

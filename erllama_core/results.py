@@ -30,6 +30,18 @@ class CacheHit:
     prefix_len: int
 
 
+@attrs.frozen
+class GateEstimate:
+    """What the cost gate expects of stored state, and how much of it was left alone."""
+
+    withheld_tokens: int
+    """Stored tokens that were computed, as that was expected to be clearly sooner."""
+    restore_s: float
+    """Restoring those tokens; when none were withheld, all that is stored of the prompt."""
+    compute_s: float
+    """Computing the same tokens."""
+
+
 @attrs.frozen(kw_only=True)
 class Explanation:
     """Why a request reused what it did, and not more."""
@@ -50,6 +62,12 @@ class Explanation:
     """How the nearest stored context goes on there; None where it ends."""
     reason: str
     """All of it in a sentence."""
+    gate: GateEstimate | None = None
+    """What the cost gate made of it; None where it had no say: it is off, nothing is stored, or
+    what is stored is exempt."""
+    saving: str | None = None
+    """What of this context is saved late or not at all, and why; None: its prompt is saved as it
+    is computed, and the rest when the reply has ended."""
 
 
 @attrs.frozen
@@ -83,6 +101,8 @@ class Stats:
     """From the call until the first token was sampled; None when there was none."""
     decode_s: float
     """From the first token to the end of generation."""
+    stop_sequence: str | None = None
+    """The stop sequence that ended the reply."""
     explain: Explanation | None = None
     """For a request with ``explain=True``."""
 
@@ -101,6 +121,24 @@ class Completion:
     cache_delta: CacheDelta
     finish_reason: FinishReason
     stats: Stats
+    stop_sequence: str | None = None
+    """The stop sequence that ended the reply, which has nothing of it."""
+    thinking: str = ""
+    thinking_signature: bytes = b""
+    """Of all thinking of the reply; empty without thinking, or without a key."""
+    tool_calls: tuple[bytes, ...] = ()
+    """Exactly as the model wrote them."""
+
+
+@attrs.frozen
+class Prefill:
+    """A prompt that was computed and saved."""
+
+    finish_key: CacheKey | None
+    """Names it, when it will be saved; None when it is too short to be."""
+    committed_tokens: int
+    cache_hit_kind: HitKind
+    cache_delta: CacheDelta
 
 
 @attrs.frozen
@@ -116,6 +154,15 @@ class ModelInfo:
     n_ctx: int
     n_seq_max: int
     available_seqs: int
+    """Sequences that no request has."""
+    pinned_idle_seqs: int
+    """Of these, the ones that hold a session's context."""
+    prefill_tokens_per_s: float
+    """Of late; 0.0 until it was measured."""
+    decode_tokens_per_s: float
+    """Of all replies together, of late; 0.0 until it was measured."""
+    preemptions: int
+    """How often a request lost its cells to others for a while."""
     kv_class: str
     n_vocab: int
     fingerprint: str

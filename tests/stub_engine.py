@@ -28,12 +28,16 @@ def load_stub(
     policy: dict[str, Any] | None = None,
     **model_opts: Any,
 ) -> Model:
-    """A stub model; keyword arguments are its ``model_opts``."""
+    """A stub model; keyword arguments are its ``model_opts``.
+
+    It keeps no residents unless told to: what is reused comes from the tiers.
+    """
     return engine.load_model(
         model_id,
         backend="stub",
         tier=list(tier),
-        context_opts={"n_ctx": 1024, "n_seq_max": 2, **(context_opts or {})},
+        context_opts={"n_ctx": 1024, "n_seq_max": 2, "resident_cells_max": 0}
+        | (context_opts or {}),
         policy={"boundary_align_tokens": 32, "min_tokens": 8, "cold_min_tokens": 8}
         | (policy or {}),
         model_opts=model_opts,

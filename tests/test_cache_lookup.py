@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -163,6 +164,67 @@ def test_objects_may_come_and_go_in_any_order(
             longest = max(shared(prompt, tokens) for tokens in stored)
             keys = space.keys(bytearray(pack(prompt)), None)
             assert space.find(keys, may_sample=False).covered == longest
+
+
+@settings(max_examples=200)
+@given(CONTEXTS, CONTEXTS, st.integers(1, 9), st.data())
+def test_what_cannot_be_read_hides_nothing(
+    stored: list[list[int]], prompts: list[list[int]], align: int, data: st.DataObject
+) -> None:
+    """Models with different tiers, copies and tiers at rest: each model reuses the longest
+    prefix that it can read, whatever else is stored of the same tokens.
+    """
+    names = ("a", "b", "c")
+    lists = st.lists(st.sampled_from(names), min_size=1, unique=True)
+    with Cache([NamedTier(name, "ram", RamTier(1 << 24)) for name in names]) as cache:
+        spaces = [
+            ModelSpace(
+                cache, namespace=NAMESPACE, kv_class=KVClass.SPAN, tiers=tiers, align_tokens=align
+            )
+            for tiers in data.draw(st.lists(lists, min_size=1, max_size=3), label="models")
+        ]
+        catalog = cache.catalog
+        owners: dict[Entry, list[int]] = {}
+        for tokens in stored:
+            store(data.draw(st.sampled_from(spaces), label="saved by"), tokens)
+            assert cache.flush(10)
+            for entry in list(catalog.index):
+                owners.setdefault(entry, tokens)
+        copies = [(entry, copy) for entry in catalog.index for copy in entry.copies]
+        for entry, copy in data.draw(st.lists(st.sampled_from(copies), unique=True), label="gone"):
+            catalog.forget_copy(copy.tier, entry)
+        for _, copy in data.draw(st.lists(st.sampled_from(copies), unique=True), label="resting"):
+            copy.rests_until_s = math.inf
+        for name in data.draw(st.lists(st.sampled_from(names), max_size=1), label="tiers at rest"):
+            catalog.store(name).rests_until_s = math.inf
+
+        def model(space: ModelSpace, prompt: list[int]) -> int:
+            there = [
+                entry
+                for entry in catalog.index
+                if any(
+                    copy.tier in space.tiers
+                    and not copy.rests_until_s
+                    and not copy.tier.rests_until_s
+                    for copy in entry.copies
+                )
+            ]
+            position = 0
+            while True:
+                ends = [
+                    min(e.end, shared(owners[e], prompt))
+                    for e in there
+                    if e.start <= position and shared(owners[e], prompt) > position
+                ]
+                best = max(ends, default=position)
+                if best <= position:
+                    return position
+                position = best
+
+        for space in spaces:
+            for prompt in prompts + stored:
+                longest = model(space, prompt)
+                assert restored(space, prompt) == prompt[: min(longest, len(prompt) - 1)]
 
 
 @given(CONTEXTS, st.integers(1, 9), st.integers(0, 4000))

@@ -160,10 +160,10 @@ def test_plugins_of_a_configuration(
 def test_check_ok(runner: CliRunner, tmp_path: Path) -> None:
     """A good file is ok, with exit code 0, and its warnings are shown."""
     file = tmp_path / "c.toml"
-    file.write_text('[engine]\nthinking_signing_key_env = "KEY"\n')
+    file.write_text('[pressure]\nenabled = true\nsource = "noop"\n')
     result = runner.invoke(app, ["check", str(file)])
     assert result.exit_code == 0
-    warning = "engine.thinking_signing_key_env: accepted, but without effect in this release"
+    warning = "pressure.enabled: accepted, but without effect in this release"
     assert result.output.splitlines() == [f"{file}: warning: {warning}", f"{file}: ok"]
 
 
@@ -182,7 +182,7 @@ def test_check_tells_every_problem(runner: CliRunner, tmp_path: Path) -> None:
 def test_check_json_shape(runner: CliRunner, tmp_path: Path) -> None:
     """The JSON report has these keys; other programs read it."""
     file = tmp_path / "c.toml"
-    file.write_text("[caches]\n[engine]\nthinking_signing_key_env = 'K'\n")
+    file.write_text("[caches]\n[pressure]\nenabled = true\nsource = 'noop'\n")
     result = runner.invoke(app, ["check", str(file), "--json"])
     assert result.exit_code == 1
     assert json.loads(result.output) == {
@@ -191,7 +191,7 @@ def test_check_json_shape(runner: CliRunner, tmp_path: Path) -> None:
         "problems": [{"path": "caches", "message": "unknown key", "suggestion": "cache"}],
         "warnings": [
             {
-                "path": "engine.thinking_signing_key_env",
+                "path": "pressure.enabled",
                 "message": "accepted, but without effect in this release",
             }
         ],

@@ -284,6 +284,37 @@ def test_flash_attention(value: object) -> None:
         ({"model_path": "a\0b"}, "model_path"),
         ({"model_path": 5}, "model_path"),
         ({"thinking_markers": {"start": "", "end": "x"}}, "thinking_markers.start"),
+        ({"thinking_markers": {"start": "a", "end": "a"}}, "thinking_markers.end"),
+        (
+            {
+                "thinking_markers": {"start": "a", "end": "b"},
+                "tool_call_markers": {"start": "c", "end": "a"},
+            },
+            "tool_call_markers.end",
+        ),
+        (
+            {
+                "tool_call_markers": {
+                    "start": "a",
+                    "end": "$eos",
+                    "payload_start": "c",
+                    "payload_end": "c",
+                }
+            },
+            "tool_call_markers.payload_end",
+        ),
+        ({"thinking_markers": {"start": "\ud800", "end": "b"}}, "thinking_markers.start"),
+        (
+            {"thinking_markers": {"start": "a", "end": "b"}, "processors": ["tool_calls"]},
+            "thinking_markers",
+        ),
+        (
+            {"tool_call_markers": {"start": "a", "end": "b"}, "processors": ["thinking"]},
+            "tool_call_markers",
+        ),
+        ({"processors": ["utf8"]}, "processors"),
+        ({"processors": ["thinking", "thinking"]}, "processors"),
+        ({"processor_opts": {"mine": {}}}, "processor_opts.mine"),
         (
             {"tool_call_markers": {"start": "a", "end": "b", "payload_start": "c"}},
             "tool_call_markers.payload_end",
@@ -840,11 +871,5 @@ def test_examine_goes_on_behind_mistakes(host: PluginHost) -> None:
 def test_without_effect() -> None:
     """Options that this release accepts and does not use are named."""
     table = tomllib.loads(DESIGN)
-    table["models"]["b.c"] = {"tool_call_markers": {"start": "a", "end": "$eos"}}
-    assert not_yet_effective(load_config(table, environ={})) == [
-        "engine.thinking_signing_key_file",
-        "models.tiny.thinking_markers",
-        'models."b.c".tool_call_markers',
-        "pressure.enabled",
-    ]
+    assert not_yet_effective(load_config(table, environ={})) == ["pressure.enabled"]
     assert not_yet_effective(EngineConfig()) == []

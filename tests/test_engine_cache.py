@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from erllama_backend_stub.context import StubContext
 from erllama_backend_stub.faults import gate
 from erllama_core import CacheDelta, Completion, Engine, Model
+from erllama_core.interfaces.backend import RangeExport
 from stub_engine import KV_CLASSES, load_stub, make_engine
 
 PROMPT = "The lamp was lit for the first time in the autumn of the year, and the town came to see."
@@ -201,6 +204,33 @@ def test_any_history_gives_the_cold_output(
             contexts.append(list(warm.context_tokens))
         counters = engine.cache.counters()
         assert counters.state_rejected == counters.corrupt == 0
+
+
+@pytest.mark.parametrize("unified", CELLS)
+def test_whole_exports_are_few(unified: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where any export costs the whole sequence, a prompt in slices is exported once, at its end;
+    otherwise as it passes blocks. What is stored is the same.
+    """
+    exports: list[list[tuple[int, int]]] = []
+    plain = StubContext.export_ranges
+
+    def counting(self: StubContext, seq: int, ranges: Sequence[RangeExport]) -> None:
+        exports.append([(item.start, item.end) for item in ranges])
+        plain(self, seq, ranges)
+
+    monkeypatch.setattr(StubContext, "export_ranges", counting)
+    with make_engine() as engine:
+        model = load_stub(
+            engine, context_opts={"kv_unified": unified}, policy={"prefill_chunk_size": 64}
+        )
+        prompt = PROMPT.encode() * 3
+        model.complete(list(prompt), response_tokens=1)
+        engine.flush()
+        blocks = {(row.start, row.end) for row in engine.cache.dump() if row.kind == "kv"}
+    at_prompt_end = [blocks for blocks in exports if blocks[-1][1] <= len(prompt)]
+    assert (len(at_prompt_end) == 1) is not unified
+    assert at_prompt_end[0][0] == (0, 32)
+    assert {end for _, end in blocks} >= set(range(32, len(prompt), 32))
 
 
 def chat(model: Model, engine: Engine) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from erllama_core.errors import EngineClosed, PluginFailed, TierError
 from erllama_core.hookspecs import hookimpl
 from erllama_core.host import PluginHost
 from erllama_core.interfaces.block import ObjectId
-from erllama_core.interfaces.stream import Segment
+from erllama_core.interfaces.stream import Channel, ProcessorRequest
 from erllama_core.interfaces.tier import Allocate, ScanFailure, ScannedObject
 from erllama_core.providers import StreamProcessorProvider, TierProvider
 from stub_engine import KV_CLASSES, load_stub, make_engine
@@ -270,7 +270,7 @@ def test_a_backend_that_raises_while_saving_loses_nothing_else(
     with capture_logs() as logs, make_engine() as engine:
         model = load_stub(engine, context_opts={"n_ctx": 2000})
         with monkeypatch.context() as patch:
-            patch.setattr(StubContext, "export_range", careless)
+            patch.setattr(StubContext, "export_ranges", careless)
             done = model.complete(PROMPT, response_tokens=500)
             assert len(done.generated) == 500
             assert engine.flush(10)
@@ -283,33 +283,45 @@ def test_a_backend_that_raises_while_saving_loses_nothing_else(
 
 
 def test_a_processor_that_raises_at_the_end_harms_only_its_request() -> None:
-    """flush() raising, for a running, a cancelled and a queued request: all are answered."""
+    """finish() raising, for a running, a cancelled and a queued request: all are answered."""
 
     class Careless:
-        def feed(self, token: int, segments: Any) -> Any:
-            return segments
+        def __init__(self, request: ProcessorRequest) -> None:
+            self._outlet = request.outlet
 
-        def flush(self) -> list[Segment]:
+        def feed(self, token: int, data: bytes, channel: Channel) -> None:
+            self._outlet.send(token, data, channel)
+
+        def flush(self) -> None:
+            return
+
+        def finish(self) -> None:
             raise ZeroDivisionError
 
-    careless = StreamProcessorProvider("utf8", "", lambda _: Careless())
-
-    class Host(PluginHost):
+    class Plugin:
         careless = True
 
-        def get(self, kind: Any, name: str) -> Any:
-            return careless if kind == "processor" and self.careless else super().get(kind, name)
+        @hookimpl
+        def erllama_stream_processors(self) -> Sequence[StreamProcessorProvider]:
+            def make(request: ProcessorRequest) -> Careless | None:
+                return Careless(request) if self.careless else None
 
-    host = Host()
+            return [StreamProcessorProvider("careless", "", make)]
+
+    plugin = Plugin()
+    host = PluginHost()
+    host.register(plugin)
     held = gate("careless flush")
     faults = {"hang_step": 2, "hang_gate": "careless flush"}
     with capture_logs(), Engine(plugins=host) as engine:
-        model = load_stub(engine, context_opts={"n_seq_max": 1}, faults=faults)
+        model = engine.load_model(
+            backend="stub", processors=["careless"], model_opts={"faults": faults}
+        )
         running = model.infer(PROMPT, response_tokens=5)
         queued = model.infer(PROMPT, response_tokens=5)
         assert held.wait_reached(10)
         queued.cancel()
-        host.careless = False
+        plugin.careless = False
         innocent = model.infer(PROMPT, response_tokens=5)
         held.open()
         for stream in (running, queued):

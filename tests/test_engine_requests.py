@@ -165,7 +165,7 @@ def test_cancel_while_the_prompt_is_computed(engine: Engine) -> None:
     held.open()
     done = stream.result()
     assert (done.finish_reason, done.generated, done.finish_key) == ("cancelled", (), None)
-    assert done.committed_tokens == 16
+    assert done.committed_tokens == len(done.context_tokens) == 8, "the step was aborted"
     assert done.stats.first_token_s is None
 
 

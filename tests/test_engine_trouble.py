@@ -6,7 +6,6 @@ import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import attrs
 import pytest
@@ -27,7 +26,7 @@ from erllama_core.errors import (
 from erllama_core.hookspecs import hookimpl
 from erllama_core.host import PluginHost
 from erllama_core.interfaces.block import Bytes, ObjectId
-from erllama_core.interfaces.stream import Segment
+from erllama_core.interfaces.stream import Channel, ProcessorRequest
 from erllama_core.interfaces.tier import Allocate, ScanFailure, ScannedObject, TierUsage
 from erllama_core.providers import StreamProcessorProvider, TierProvider
 from stub_engine import KV_CLASSES, load_stub, make_engine
@@ -233,22 +232,34 @@ def test_a_processor_that_raises_ends_its_request_only() -> None:
     """A plugin's exception is that request's PluginFailed, with its cause."""
 
     class Careless:
-        def feed(self, token: int, segments: Any) -> Any:
+        def __init__(self, request: ProcessorRequest) -> None:
+            self._outlet = request.outlet
+
+        def feed(self, token: int, data: bytes, channel: Channel) -> None:
             if token == ord("!"):
                 raise ZeroDivisionError("careless")
-            return segments
+            self._outlet.send(token, data, channel)
 
-        def flush(self) -> list[Segment]:
-            return []
+        def flush(self) -> None:
+            return
 
-    provider = StreamProcessorProvider("utf8", "", lambda _: Careless())
+        def finish(self) -> None:
+            return
 
-    class Host(PluginHost):
-        def get(self, kind: Any, name: str) -> Any:
-            return provider if kind == "processor" else super().get(kind, name)
+    class Plugin:
+        @hookimpl
+        def erllama_stream_processors(self) -> Sequence[StreamProcessorProvider]:
+            return [StreamProcessorProvider("careless", "", Careless)]
 
-    with capture_logs(), Engine(plugins=Host()) as engine:
-        model = load_stub(engine, script=("ab!c",))
+    host = PluginHost()
+    host.register(Plugin())
+    with capture_logs(), Engine(plugins=host) as engine:
+        model = engine.load_model(
+            backend="stub",
+            context_opts={"n_seq_max": 2},
+            processors=["careless"],
+            model_opts={"script": ["ab!c"]},
+        )
         prompt = model.apply_chat_template([{"role": "user", "content": "x"}])
         with pytest.raises(PluginFailed) as caught:
             model.complete(prompt)

@@ -97,6 +97,9 @@ def test_core_providers_without_discovery() -> None:
     assert [(row.kind, row.name, row.state) for row in host.listing()] == [
         ("tier", "ram", "ok"),
         ("pressure", "noop", "ok"),
+        ("processor", "thinking", "ok"),
+        ("processor", "tool_calls", "ok"),
+        ("processor", "stop_sequences", "ok"),
         ("processor", "utf8", "ok"),
     ]
     assert {row.distribution for row in host.listing()} == {"erllama-core"}

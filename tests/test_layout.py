@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "results": set(),
     "prompt": set(),
     "user_cache": set(),
+    "signing": set(),
     "interfaces": FACTS,
     "providers": {"interfaces"},
     "hookspecs": {"providers"},
@@ -41,15 +42,15 @@ MAY_IMPORT = {
     "registry": CONTRACTS,
     "builtin": CONTRACTS | ROOMS,
     "host": CONTRACTS | {"registry", "builtin"},
-    "config": CONTRACTS | {"registry", "host", "cache"},
+    "config": CONTRACTS | {"registry", "host", "cache", "signing"},
     "conformance": CONTRACTS,
     # One loaded model; then all of them; then the command line.
     "model": CONTRACTS | ROOMS | {"config", "user_cache"},
-    "engine": CONTRACTS | ROOMS | {"config", "registry", "host", "model"},
+    "engine": CONTRACTS | ROOMS | {"config", "registry", "host", "model", "signing"},
     "cli": CONTRACTS | ROOMS | {"config", "registry", "host", "model", "engine", "user_cache"},
     "__main__": {"cli"},
     # The names that erllama_core itself exports.
-    "__init__": CONTRACTS | ROOMS | {"config", "host", "model", "engine"},
+    "__init__": CONTRACTS | ROOMS | {"config", "host", "model", "engine", "signing"},
 }
 
 PLUGIN_MAY_IMPORT = CONTRACTS

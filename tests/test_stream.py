@@ -1,4 +1,4 @@
-"""UTF-8 assembly, the pipeline, and the mailbox between worker and consumer."""
+"""UTF-8 assembly, and the mailbox between worker and consumer."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from erllama_core.interfaces.stream import Channel, Segment
 from erllama_core.stream.mailbox import Mailbox
-from erllama_core.stream.utf8 import Utf8Assembly, incomplete_tail
+from erllama_core.stream.utf8 import Characters, incomplete_tail
 
 
 def split(data: bytes, cuts: Sequence[int]) -> list[bytes]:
@@ -21,21 +20,18 @@ def split(data: bytes, cuts: Sequence[int]) -> list[bytes]:
     return [data[a:b] for a, b in itertools.pairwise(edges)]
 
 
-def assemble(chunks: Sequence[bytes]) -> tuple[list[bytes], list[bytes]]:
-    """What leaves while chunks come, and what is flushed at the end."""
-    stage = Utf8Assembly()
-    out: list[bytes] = []
-    for token, chunk in enumerate(chunks):
-        segments = [Segment(Channel.TEXT, chunk)] if chunk else []
-        out += [segment.data for segment in stage.feed(token, segments)]
-    return out, [segment.data for segment in stage.flush()]
+def assemble(chunks: Sequence[bytes]) -> tuple[list[bytes], bytes]:
+    """What leaves while chunks come, and what is left at the end."""
+    characters = Characters()
+    out = [characters.feed(chunk) for chunk in chunks if chunk]
+    return out, characters.rest()
 
 
 @given(st.text(), st.lists(st.integers(0, 1000), max_size=20))
 def test_text_leaves_in_whole_characters(text: str, cuts: list[int]) -> None:
     """However a text is cut, every piece that leaves is text by itself, and nothing is left."""
     out, rest = assemble(split(text.encode(), cuts))
-    assert rest == []
+    assert rest == b""
     assert "".join(piece.decode("utf-8", "strict") for piece in out) == text
 
 
@@ -44,8 +40,8 @@ def test_any_bytes_pass_unchanged(data: bytes, cuts: list[int]) -> None:
     """Bytes that are not UTF-8 are neither lost nor changed, and soon let go."""
     chunks = split(data, cuts)
     out, rest = assemble(chunks)
-    assert b"".join(out + rest) == data
-    assert sum(map(len, rest)) <= 3
+    assert b"".join([*out, rest]) == data
+    assert len(rest) <= 3
 
 
 @given(st.binary(max_size=8))

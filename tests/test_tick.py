@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from erllama_core import Prompt
 from erllama_core.model.options import RequestOptions
 from erllama_core.model.request import Phase, Request
+from erllama_core.model.sequences import LiveSequence
 from erllama_core.model.tick import TickComposer
 
 
@@ -20,11 +21,11 @@ def request(number: int, prompt: int, computed: int, *, generating: bool) -> Req
         number,
         Prompt(range(prompt)),
         RequestOptions(),
-        max_generated=10,
+        context_size=1000,
         sampler=Nothing(),  # type: ignore[arg-type]
         pipeline=Nothing(),  # type: ignore[arg-type]
     )
-    made.seq = number
+    made.live = LiveSequence(number)
     made.phase = Phase.GENERATING if generating else Phase.PREFILLING
     made.computed = computed
     if generating:

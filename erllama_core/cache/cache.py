@@ -6,28 +6,25 @@ of the caller's own. A model's worker uses it through a :class:`~.space.ModelSpa
 
 from __future__ import annotations
 
-import functools
 import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Self
 
-import attrs
-
 from erllama_core.cache.catalog import MARKS_SHARE, Catalog, Evicted
 from erllama_core.cache.counters import Counters
+from erllama_core.cache.flow import Flow
 from erllama_core.cache.index import Entry
 from erllama_core.cache.loader import Fetch, Loader
 from erllama_core.cache.lookup import Match
 from erllama_core.cache.meta import BlockMeta
-from erllama_core.cache.pages import PagePool, PooledPages
+from erllama_core.cache.pages import PagePool
 from erllama_core.cache.pinning import Pinning, not_whole
 from erllama_core.cache.pins import Pinned
 from erllama_core.cache.report import Row, Usage, rows_of, usage_of
 from erllama_core.cache.scan import Scanner
 from erllama_core.cache.tiers import NamedTier, TierStore
-from erllama_core.cache.writer import Draft, Writer
 from erllama_core.errors import (
     BlockNotFound,
     CacheError,
@@ -51,6 +48,8 @@ from erllama_core.results import CacheKey
 log = get_logger("erllama.cache")
 
 MAX_INFLIGHT_BYTES: Final = 256 << 20
+READ_TIMEOUT_S: Final = 5.0
+WRITE_TIMEOUT_S: Final = 30.0
 POOL_IDLE_BYTES: Final = 64 << 20
 _PIN_PATIENCE_S: Final = 10.0
 """What is to be pinned may have to be written first, or found by the scan."""
@@ -70,16 +69,25 @@ class Cache:
         max_inflight_bytes: int = MAX_INFLIGHT_BYTES,
         writer_threads: int = 1,
         loader_threads: int = 2,
+        read_timeout_s: float = READ_TIMEOUT_S,
+        write_timeout_s: float = WRITE_TIMEOUT_S,
         marks_share: float = MARKS_SHARE,
     ) -> None:
         self._pid: Final = os.getpid()
         self._closing: Final = threading.Lock()
         self._closed = False
+        self._write_timeout_s: Final = write_timeout_s
         self._catalog: Final = Catalog(tiers, PagePool(POOL_IDLE_BYTES), marks_share)
         self._pinning: Final = Pinning(self._catalog)
-        self._loader: Final = Loader(self._catalog, threads=loader_threads)
-        self._writer: Final = Writer(
-            self._write, max_bytes=max_inflight_bytes, threads=writer_threads
+        self.loader_threads: Final = loader_threads
+        self._loader: Final = Loader(
+            self._catalog, threads=loader_threads, timeout_s=read_timeout_s
+        )
+        self._flow: Final = Flow(
+            self._catalog,
+            max_bytes=max_inflight_bytes,
+            threads=writer_threads,
+            patience_s=write_timeout_s,
         )
         self._scanner: Final = Scanner(self._catalog, self._pinning)
 
@@ -212,26 +220,33 @@ class Cache:
         for name in tiers or ():
             if name not in known:
                 raise ValueError(unknown_name("tier", name, known))
+        return self._evict(n_bytes, tiers, for_good=False)
+
+    def _evict(self, n_bytes: int, tiers: Sequence[str] | None, *, for_good: bool) -> Evicted:
+        catalog = self._open()
         rows = freed = 0
         for store in catalog.stores.values():
             if tiers is None or store.name in tiers or store.kind in tiers:
-                evicted = catalog.evict(store, n_bytes - freed)
+                evicted = catalog.evict(store, n_bytes - freed, for_good=for_good)
                 rows += evicted.rows
                 freed += evicted.bytes
         return Evicted(rows, freed)
 
     def gc(self) -> Evicted:
         """Remove every object that is neither in use nor pinned, from all tiers."""
-        evicted = self.evict_bytes(1 << 62)
+        evicted = self._evict(1 << 62, None, for_good=True)
         self._catalog.pool.clear()
         return evicted
 
     # --------------------------------------------------------------- lifecycle
 
     def flush(self, timeout_s: float | None = None) -> bool:
-        """Wait until everything handed over before is written; False when time ran out."""
+        """Wait until everything handed over before is written; False when time ran out.
+
+        A tier that hangs is waited for no longer than ``write_timeout_s``, with a warning.
+        """
         self._open()
-        return self._writer.wait_written(timeout_s)
+        return self._flow.flush(timeout_s)
 
     def wait_scanned(self, timeout_s: float | None = None) -> bool:
         """Wait until what the tiers held at opening is known; False when time ran out."""
@@ -240,19 +255,21 @@ class Cache:
     def close(self) -> None:
         """Write what waits, stop the threads, close the tiers. Idempotent.
 
-        Returns when that is done, also to a second thread that closes.
+        Returns when that is done, also to a second thread that closes. A tier that hangs is
+        left behind after ``write_timeout_s``, with a warning and what it has not written.
         """
         self._check_fork()
         with self._closing:
             if self._closed:
                 return
+            hanging: list[TierStore] = []
             try:
-                self._scanner.close()
-                self._writer.close()
-                self._loader.close()
+                self._scanner.close(self._write_timeout_s)
+                hanging += self._flow.close()
+                hanging += self._loader.close()
             finally:
                 self._closed = True
-                self._catalog.close()
+                self._catalog.close(hanging)
 
     def __enter__(self) -> Self:
         return self
@@ -266,6 +283,11 @@ class Cache:
     def catalog(self) -> Catalog:
         """The shared inside: index, tiers, counters."""
         return self._catalog
+
+    @property
+    def flow(self) -> Flow:
+        """The way of objects into the tiers, and from one to the next."""
+        return self._flow
 
     def fetch(
         self,
@@ -289,7 +311,7 @@ class Cache:
             log.warning(
                 "object.corrupt", tier=store.name, object=str(entry.object_id), reason=reason
             )
-            self._loader.submit(functools.partial(catalog.delete_forgotten, store, entry.object_id))
+            self._flow.delete_soon(store, entry.object_id)
 
     def is_scanned(self, tiers: Sequence[TierStore]) -> bool:
         """Whether what these tiers held at opening is known."""
@@ -298,41 +320,6 @@ class Cache:
     def when_scanned(self, tiers: Sequence[TierStore], then: Callable[[], None]) -> None:
         """Call ``then`` on another thread when these are scanned, or have taken too long."""
         self._scanner.when_scanned(tiers, then)
-
-    def reserve(self, size: int, *, beyond_bound: bool = False) -> PooledPages | None:
-        """Pages for an object to be saved; None, and counted, when there is no room for it."""
-        if self._writer.reserve(size, beyond_bound=beyond_bound):
-            try:
-                return self._catalog.pool.acquire(size)
-            except BaseException as error:
-                self._writer.unreserve(size)
-                if not isinstance(error, OSError):
-                    raise
-        self._catalog.counters.add("saves_dropped")
-        return None
-
-    def forgo(self, pages: PooledPages) -> None:
-        """Give back what ``reserve`` gave, unsaved."""
-        pages.release()
-        self._writer.unreserve(pages.size)
-
-    def submit(self, draft: Draft) -> None:
-        """Make a new object findable, and hand it and its pages to the writer."""
-        with self._catalog.lock:
-            entry = self._catalog.index.add(draft.entry)
-            missing = tuple(
-                tier
-                for tier in draft.tiers
-                if tier not in entry.writing and entry.copy_in(tier) is None
-            )
-            entry.writing += missing
-            if missing and entry.pages is None:
-                entry.pages = draft.pages
-        if not missing:  # the same content is there, or on its way
-            self.forgo(draft.pages)
-            return
-        self._catalog.counters.add(f"saves_{draft.save_reason}")
-        self._writer.submit(attrs.evolve(draft, entry=entry, tiers=missing))
 
     # ------------------------------------------------------------------- inside
 
@@ -352,56 +339,3 @@ class Cache:
                 "this cache was opened before the process forked, and its threads are the "
                 "parent's; open one after the fork"
             )
-
-    def _write(self, draft: Draft) -> None:
-        """On a writer thread: checksum, then every tier of the draft."""
-        entry, pages, catalog = draft.entry, draft.pages, self._catalog
-        stored = 0
-        try:
-            if self._is_reachable(draft):
-                stored = self._write_to_tiers(draft)
-        finally:
-            if not stored:
-                catalog.counters.add("saves_dropped")
-            with catalog.lock:
-                entry.writing = tuple(t for t in entry.writing if t not in draft.tiers)
-                if entry.pages is pages:
-                    entry.pages = None
-                catalog.drop_if_gone(entry)
-            pages.release()
-
-    def _is_reachable(self, draft: Draft) -> bool:
-        """Whether the block that this one goes on from is still there.
-
-        A context that is larger than its tiers loses its end, not its beginning.
-        """
-        with self._catalog.lock:
-            after = draft.after
-            return after is None or bool(after.copies) or after.pages is not None
-
-    def _write_to_tiers(self, draft: Draft) -> int:
-        entry, pages = draft.entry, draft.pages
-        head = encode_header(
-            kind=entry.object_id.kind,
-            start=entry.start,
-            end=entry.end,
-            namespace=entry.namespace,
-            key=entry.object_id.key,
-            segment_key=entry.segment_key,
-            lead_tokens=entry.lead,
-            tokens=entry.tokens,
-            align_tokens=draft.align_tokens,
-            payload=pages.view,
-            info={"save_reason": draft.save_reason, "created_ns": time.time_ns()},
-        )
-        durable = draft.save_reason in {"finish", "shutdown"}
-        stored = 0
-        for store in draft.tiers:
-            try:
-                self._catalog.put(store, entry, head, pages, draft.save_reason, durable=durable)
-                if draft.absorbs is not None:
-                    self._catalog.remove_unused(store, draft.absorbs)
-                stored += 1
-            except CacheError:
-                continue  # counted and logged where it was raised
-        return stored

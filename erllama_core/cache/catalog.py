@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Final
 
 import attrs
 
 from erllama_core.cache.counters import CounterSet
-from erllama_core.cache.eviction import EvictionQueue, Victim
+from erllama_core.cache.eviction import EvictionQueue, Use, Victim
 from erllama_core.cache.index import Copy, Entry, Index
 from erllama_core.cache.pages import PagePool
 from erllama_core.cache.pins import TierPins
@@ -61,8 +61,15 @@ class Catalog:
             for store, pins in self.pins.items()
         }
         self.marks_share: Final = marks_share
+        self.before_deletion: Callable[
+            [TierStore, Sequence[tuple[Entry, Copy]]], Sequence[Callable[[], None]]
+        ] = _pass_nothing_on
+        """Called under the lock with what is evicted, which is in the tier still; what it
+        returns is called without the lock, before anything is deleted."""
         self.clock: Callable[[], int] = time.time_ns
         """When objects are used, in nanoseconds; another one replays what was recorded."""
+        self.stopwatch: Callable[[], float] = time.perf_counter
+        """What reads are measured with, in seconds."""
 
     def store(self, name: str) -> TierStore:
         """The tier of that name. ValueError names the ones there are."""
@@ -84,24 +91,27 @@ class Catalog:
         save_reason: str,
         *,
         durable: bool = False,
+        use: Use | None = None,
     ) -> None:
         """Store an object in a tier, making room first, and take note of it.
 
         Room for it is not made of what it goes on from. What is pinned gives way when the rest
         is not enough for the quota; never to a device that is full for other reasons. Pages
-        are kept as they are by a tier that can. Raises CacheError.
+        are kept as they are by a tier that can. ``use``: of the copy in another tier that this
+        one is made of; nothing that is worth more, or pinned, is evicted for it. Raises
+        CacheError.
         """
         size = len(head) + len(payload if isinstance(payload, memoryview) else payload.view)
         supports = self._use_supports(store, entry)
         try:
-            self._make_room(store, entry, size)
+            self._make_room(store, entry, size, use)
             try:
-                self._write(store, entry, head, payload, save_reason, durable)
+                self._write(store, entry, head, payload, save_reason, durable, use)
             except TierFull:
                 # Others filled it meanwhile, or the device is smaller than the quota.
-                if not self.evict(store, 2 * size).rows:
+                if not self.evict(store, 2 * size, worth_less_than=use).rows:
                     raise
-                self._write(store, entry, head, payload, save_reason, durable)
+                self._write(store, entry, head, payload, save_reason, durable, use)
         finally:
             with self.lock:
                 for support, copy in supports:
@@ -115,7 +125,7 @@ class Catalog:
                 copy.users += 1
         return used
 
-    def _make_room(self, store: TierStore, entry: Entry, size: int) -> None:
+    def _make_room(self, store: TierStore, entry: Entry, size: int, use: Use | None) -> None:
         """Evict until an object fits into the quota, and a mark into the marks' share of it."""
         usage = store.usage()
         quota = usage.quota_bytes
@@ -128,12 +138,17 @@ class Catalog:
             held = self.queues[store].amounts[ObjectKind.LOGITS].size_bytes
             freed = 0
             if size <= share < held + size:
-                freed = self._remove_marks(store, held + size - share).bytes
+                freed = self._remove_marks(store, held + size - share, use).bytes
             if held + size - freed > share:
                 raise TierFull(f"{size} bytes beyond the marks' share of {share}")
             usage = store.usage()
         if usage.used_bytes + size > quota:
-            self.evict(store, usage.used_bytes + size - quota, pinned=True)
+            self.evict(
+                store,
+                usage.used_bytes + size - quota,
+                worth_less_than=use,
+                pinned=use is None,
+            )
 
     def _write(
         self,
@@ -143,6 +158,7 @@ class Catalog:
         payload: memoryview | Pages,
         save_reason: str,
         durable: bool,
+        use: Use | None,
     ) -> None:
         object_id = entry.object_id
 
@@ -158,17 +174,25 @@ class Catalog:
 
         with store.changing(object_id):
             size = store.attempt(write, "write")
-            self.add_copy(store, entry, size, self.clock(), save_reason)
+            used_ns, hits = (self.clock(), 0) if use is None else (use.last_used_ns, use.hits)
+            self.add_copy(store, entry, size, used_ns, save_reason, hits)
         self.counters.add("bytes_written", size)
 
     def add_copy(
-        self, store: TierStore, entry: Entry, size: int, last_used_ns: int, save_reason: str
+        self,
+        store: TierStore,
+        entry: Entry,
+        size: int,
+        last_used_ns: int,
+        save_reason: str,
+        hits: int = 0,
     ) -> None:
         """Take note that a tier has an object."""
         with self.lock:
             entry = self.index.add(entry)
             if entry.copy_in(store) is None:
                 copy = Copy(store, size, last_used_ns, save_reason)
+                copy.hits = hits
                 self.index.place(entry, copy)
                 self.queues[store].add(entry, copy, self.clock())
                 self.rank_anew(store, self.pins[store].came(entry))
@@ -256,27 +280,53 @@ class Catalog:
                     copy.last_used_ns = now - back
                     copy.hits += 1
 
-    def evict(self, store: TierStore, n_bytes: int, *, pinned: bool = False) -> Evicted:
+    def evict(
+        self,
+        store: TierStore,
+        n_bytes: int,
+        *,
+        worth_less_than: Use | None = None,
+        for_good: bool = False,
+        pinned: bool = False,
+    ) -> Evicted:
         """Free at least ``n_bytes`` in one tier, least worth first; less when no more can go.
 
-        ``pinned``: of what is pinned, too, once there is nothing else.
+        ``for_good``: what goes is not passed on to another tier. ``pinned``: of what is pinned,
+        too, once there is nothing else.
         """
         queue = self.queues[store]
-        return self._evict(store, n_bytes, lambda: queue.next(self.clock(), pinned=pinned))
+        below_ns = None if worth_less_than is None else worth_less_than.score_ns
+        return self._evict(
+            store,
+            n_bytes,
+            lambda: queue.next(self.clock(), pinned=pinned, below_ns=below_ns),
+            for_good,
+        )
 
-    def _remove_marks(self, store: TierStore, n_bytes: int) -> Evicted:
-        return self._evict(store, n_bytes, self.queues[store].next_mark)
+    def _remove_marks(self, store: TierStore, n_bytes: int, use: Use | None) -> Evicted:
+        queue = self.queues[store]
+        below_ns = None if use is None else use.score_ns
+        return self._evict(store, n_bytes, lambda: queue.next_mark(below_ns), for_good=False)
 
     def _evict(
-        self, store: TierStore, n_bytes: int, choose: Callable[[], Victim | None]
+        self,
+        store: TierStore,
+        n_bytes: int,
+        choose: Callable[[], Victim | None],
+        for_good: bool,
     ) -> Evicted:
         victims: list[Victim] = []
+        reads: list[Callable[[], None]] = []
         chosen = 0
         with self.lock:
             while chosen < n_bytes and (victim := choose()) is not None:
+                if not for_good:
+                    reads += self.before_deletion(store, ((victim.entry, victim.copy),))
                 self._take_out(store, victim.entry, victim.copy, victim.orphan_since_ns)
                 victims.append(victim)
                 chosen += victim.copy.size_bytes
+        for read in reads:
+            read()
         rows = freed = 0
         for victim in victims:
             entry, copy = victim.entry, victim.copy
@@ -305,13 +355,28 @@ class Catalog:
                     return 0
             return store.attempt(lambda: store.tier.delete(object_id), "delete")
 
-    def close(self) -> None:
-        """Forget everything and close the tiers."""
+    def close(self, hanging: Collection[TierStore] = ()) -> None:
+        """Forget everything and close the tiers; those that hang without waiting for them."""
         with self.lock:
             self.index.clear()
         for store in self.stores.values():
-            try:
-                store.attempt(store.tier.close, "close")
-            except CacheError:
-                continue
+            if store in hanging:
+                threading.Thread(
+                    target=_close, args=(store,), name=f"erllama-close-{store.name}", daemon=True
+                ).start()
+            else:
+                _close(store)
         self.pool.clear()
+
+
+def _close(store: TierStore) -> None:
+    try:
+        store.attempt(store.tier.close, "close")
+    except CacheError:
+        return  # counted and logged
+
+
+def _pass_nothing_on(
+    _: TierStore, __: Sequence[tuple[Entry, Copy]]
+) -> Sequence[Callable[[], None]]:
+    return ()

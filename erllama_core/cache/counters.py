@@ -46,14 +46,22 @@ class Counters:
     saves_evict: int = 0
     saves_shutdown: int = 0
     saves_dropped: int = 0
-    """Objects that were not saved: too many bytes in flight, or no tier had room."""
+    """Objects that no tier took: too many bytes on their way, no room, or trouble."""
+    promotions: int = 0
+    """Objects read from one tier that are kept in a nearer one as well."""
+    demotions: int = 0
+    """Objects that were handed to the tier below when they were evicted from one."""
     evictions: int = 0
     corrupt: int = 0
     """Objects that were not what they claimed to be; they were dropped."""
     tier_errors: int = 0
     """Failed tier operations."""
+    reads_given_up: int = 0
+    """Loads that took longer than ``read_timeout_ms``; the prompt was computed instead."""
     state_rejected: int = 0
     """Restores that the backend refused."""
+    gated: int = 0
+    """Requests for which stored state was computed again, as that was expected to be sooner."""
     lookup_ns: int = 0
     load_ns: int = 0
     """From the first read to the last checksum, of loads that read from a tier."""
@@ -61,11 +69,13 @@ class Counters:
     """Copying state out of a context."""
     tier_hits: dict[str, int] = attrs.field(factory=dict)
     """Objects taken from each tier."""
+    tier_drops: dict[str, int] = attrs.field(factory=dict)
+    """Objects that each tier did not take, whether or not another one did."""
     bytes_written: int = 0
     bytes_read: int = 0
 
 
-_NAMES = {field.name for field in attrs.fields(Counters)} - {"tier_hits"}
+_NAMES = {field.name for field in attrs.fields(Counters)} - {"tier_hits", "tier_drops"}
 
 
 class CounterSet:
@@ -75,6 +85,7 @@ class CounterSet:
         self._lock = threading.Lock()
         self._values = dict.fromkeys(_NAMES, 0)
         self._tier_hits: dict[str, int] = {}
+        self._tier_drops: dict[str, int] = {}
 
     def add(self, name: str, amount: int = 1) -> None:
         """Count. ``name`` is a field of :class:`Counters`."""
@@ -85,6 +96,14 @@ class CounterSet:
         with self._lock:
             self._tier_hits[name] = self._tier_hits.get(name, 0) + 1
 
+    def drop_in_tier(self, name: str) -> None:
+        with self._lock:
+            self._tier_drops[name] = self._tier_drops.get(name, 0) + 1
+
     def snapshot(self) -> Counters:
         with self._lock:
-            return Counters(tier_hits=dict(self._tier_hits), **self._values)
+            return Counters(
+                tier_hits=dict(self._tier_hits),
+                tier_drops=dict(self._tier_drops),
+                **self._values,
+            )

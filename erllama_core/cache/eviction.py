@@ -36,9 +36,26 @@ _Item = tuple[int, int, Entry]
 """Score, ticket, object."""
 
 
+@attrs.frozen
+class Use:
+    """How much a copy was used: what it is worth, and what one that is made of it begins with."""
+
+    last_used_ns: int
+    hits: int
+
+    @property
+    def score_ns(self) -> int:
+        """What it is worth keeping: later use and more hits are worth more."""
+        return _score_ns(self.last_used_ns, self.hits)
+
+
 def score_ns(copy: Copy) -> int:
     """What a copy is worth keeping: later use and more hits are worth more."""
-    return copy.last_used_ns + int(HIT_WEIGHT_S * 1e9 * math.log2(1 + copy.hits))
+    return _score_ns(copy.last_used_ns, copy.hits)
+
+
+def _score_ns(last_used_ns: int, hits: int) -> int:
+    return last_used_ns + int(HIT_WEIGHT_S * 1e9 * math.log2(1 + hits))
 
 
 @attrs.frozen
@@ -122,21 +139,26 @@ class EvictionQueue:
 
     # ------------------------------------------------------------------- choosing
 
-    def next(self, now_ns: int, *, pinned: bool) -> Victim | None:
-        """What is worth least; ``pinned``: of what is pinned if there is nothing else."""
+    def next(
+        self, now_ns: int, *, pinned: bool = False, below_ns: int | None = None
+    ) -> Victim | None:
+        """What is worth least; ``pinned``: of what is pinned if there is nothing else.
+
+        With ``below_ns`` only what has a lower score, or is an orphan whose grace is over.
+        """
         orphan = self._next_orphan(now_ns)
         if orphan is not None:
             return orphan
-        heads = [
-            (heap[0], heap) for heap in (self._leaves, self._marks) if self._settle(heap, False)
-        ]
+        heads = [heap for heap in (self._leaves, self._marks) if self._settle(heap, False)]
         if heads:
-            return self._take(min(heads, key=lambda head: head[0][:2])[1])
-        return self._take(self._pinned) if pinned and self._settle(self._pinned, True) else None
+            return self._take(min(heads, key=lambda heap: heap[0][:2]), below_ns)
+        if pinned and self._settle(self._pinned, True):
+            return self._take(self._pinned, below_ns)
+        return None
 
-    def next_mark(self) -> Victim | None:
+    def next_mark(self, below_ns: int | None = None) -> Victim | None:
         """The mark that is worth least and may go."""
-        return self._take(self._marks) if self._settle(self._marks, False) else None
+        return self._take(self._marks, below_ns) if self._settle(self._marks, False) else None
 
     def _next_orphan(self, now_ns: int) -> Victim | None:
         while self._orphans:
@@ -175,8 +197,11 @@ class EvictionQueue:
                 self.offer(entry)
         return False
 
-    def _take(self, heap: list[_Item]) -> Victim:
-        _, _, entry = heapq.heappop(heap)
+    def _take(self, heap: list[_Item], below_ns: int | None) -> Victim | None:
+        score, _, entry = heap[0]
+        if below_ns is not None and score >= below_ns:
+            return None
+        heapq.heappop(heap)
         copy = entry.copy_in(self._store)
         assert copy is not None
         copy.ticket = 0

@@ -5,12 +5,13 @@ block crosses one. A segment is found by the key of its start, one dictionary lo
 it, blocks are sorted by their *path*, the tokens from the segment's start to the block's end.
 The block that shares most with a prompt is then next to the place where the prompt itself
 would stand, however many blocks begin alike. A block that starts inside a segment hangs on
-the block in which its start lies; while that one is missing it is an orphan, which no look-up
-sees, and it is attached again when any block with the same tokens comes. Snapshots and marks
-hang on the block in which their position lies.
+the block in which its start lies; while that one is missing it is an orphan, which holds
+nothing else, and it is attached again when any block with the same tokens comes. A look-up
+asks which blocks can be had, and so goes by where blocks start, not by what they hang on.
+Snapshots and marks hang on the block in which their position lies.
 
-What an object stands on is of no use to it in another tier only, so each copy counts what
-stands on it in its own tier: a copy that nothing stands on is a leaf there.
+Each copy counts what stands on it in its own tier: one that nothing stands on is a leaf there,
+and eviction takes leaves.
 
 Most objects are whole blocks in a row, so what only other places need is made when they need
 it: a segment of one block is that block, and a key is kept once, by the block that ends there
@@ -22,9 +23,11 @@ One lock, held for microseconds, is in the cache that owns the index; nothing he
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Final
 
+from erllama_core.cache.anchors import split_anchors
 from erllama_core.cache.keys import common_tokens
 from erllama_core.interfaces.block import TOKEN_BYTES, ObjectId, ObjectKind
 from erllama_core.interfaces.tier import Pages
@@ -36,6 +39,9 @@ if TYPE_CHECKING:
 _KV: Final = ObjectKind.KV
 _MAX_NAMESPACES: Final = 1024
 """Namespaces that are remembered; every salt makes one."""
+
+_MAX_SPELLINGS: Final = 8
+"""Objects that one text anchor leads to: those that came last."""
 
 
 class Copy:
@@ -70,11 +76,17 @@ class Copy:
         self.rests_until_s = 0.0
         """After a failed read, on the monotonic clock: it is there, but not to be had now."""
 
+    @property
+    def is_resting(self) -> bool:
+        """Whether it is left alone for now, or its whole tier is."""
+        return max(self.rests_until_s, self.tier.rests_until_s) > time.monotonic()
+
 
 class Entry:
     """A stored object, or one on its way to be stored."""
 
     __slots__ = (
+        "anchors",
         "children",
         "copies",
         "end",
@@ -97,6 +109,7 @@ class Entry:
         segment_key: bytes,
         lead: bytes,
         tokens: bytes,
+        anchors: bytes = b"",
     ) -> None:
         self.object_id: Final = object_id
         self.end = end
@@ -104,6 +117,8 @@ class Entry:
         self.segment_key = segment_key
         self.lead = lead
         self.tokens: Final = tokens
+        self.anchors: Final = anchors
+        """Digests of the text up to positions in this object; see ``anchors``."""
         self.copies: list[Copy] = []
         self.pages: Pages | None = None
         """The payload while it waits to be written."""
@@ -130,15 +145,26 @@ class Entry:
                 return copy
         return None
 
+    def copies_along(self, tiers: Iterable[TierStore]) -> Iterator[Copy]:
+        """The copies to be had now, in the order of ``tiers``."""
+        for tier in tiers:
+            copy = self.copy_in(tier)
+            if copy is not None and not copy.is_resting:
+                yield copy
+
 
 def _path(entry: Entry) -> bytes:
     return entry.path
 
 
+def _tokens(entry: Entry) -> bytes:
+    return entry.tokens
+
+
 class Segment:
     """The objects between two aligned positions of all contexts that begin alike."""
 
-    __slots__ = ("blocks", "orphans", "snapshots")
+    __slots__ = ("_by_lead", "_leads", "blocks", "orphans", "snapshots")
 
     def __init__(self, *blocks: Entry) -> None:
         self.blocks: list[Entry] = list(blocks)
@@ -147,10 +173,56 @@ class Segment:
         """What hangs on no block, in the order in which it came."""
         self.snapshots: list[Entry] = []
         """Sorted by path."""
+        self._by_lead: dict[bytes, list[Entry]] = {}
+        """All kv blocks, orphans too, by what is before them; each list sorted by tokens."""
+        self._leads: dict[int, int] = {}
+        """How many different leads there are of each length, in bytes."""
+        for block in blocks:
+            self.list_block(block)
 
     @property
     def is_empty(self) -> bool:
         return not (self.blocks or self.orphans or self.snapshots)
+
+    def list_block(self, entry: Entry) -> None:
+        """Have ``cover`` see a kv block."""
+        alike = self._by_lead.get(entry.lead)
+        if alike is None:
+            self._by_lead[entry.lead] = [entry]
+            self._leads[len(entry.lead)] = self._leads.get(len(entry.lead), 0) + 1
+        else:
+            bisect.insort(alike, entry, key=_tokens)
+
+    def unlist_block(self, entry: Entry) -> None:
+        """Have ``cover`` no longer see a kv block."""
+        alike = self._by_lead[entry.lead]
+        _remove_sorted(alike, entry, _tokens)
+        if not alike:
+            del self._by_lead[entry.lead]
+            self._leads[len(entry.lead)] -= 1
+            if not self._leads[len(entry.lead)]:
+                del self._leads[len(entry.lead)]
+
+    def cover(self, tokens: bytes, usable: Callable[[Entry], bool]) -> list[tuple[Entry, int]]:
+        """The usable blocks that bring ``tokens`` furthest, in order, each with how far.
+
+        Only what ``usable`` allows counts, so that a block which cannot be had now never hides
+        one that can. Blocks are tried by where they start: one that starts beyond what those
+        before it cover is of no use, nor is any after it.
+        """
+        found: list[tuple[Entry, int]] = []
+        reach = 0
+        for lead in sorted(self._leads):
+            if lead > reach * TOKEN_BYTES:
+                break
+            alike = self._by_lead.get(tokens[:lead])
+            if alike is not None:
+                before = lead // TOKEN_BYTES
+                best = _furthest(alike, tokens[lead:], reach - before, usable)
+                if best is not None:
+                    reach = before + best[1]
+                    found.append((best[0], reach))
+        return found
 
     def nearest_block(self, tokens: bytes) -> tuple[Entry, int] | None:
         """The block that shares most with ``tokens`` from the segment's start, and how much.
@@ -192,6 +264,8 @@ class Index:
         """By key(start). A block stands for a segment of which it is all."""
         self._namespaces: dict[bytes, bytes] = {}
         """Those of late, so that their objects share them."""
+        self._anchored: dict[bytes, Entry | tuple[Entry, ...]] = {}
+        """By text anchor."""
         self._count = 0
 
     def __len__(self) -> int:
@@ -211,10 +285,37 @@ class Index:
         """Every object that ends at ``key``."""
         return _each(self._ending.get(key, ()))
 
+    def anchored(self, anchor: bytes) -> tuple[Entry, ...]:
+        """The objects in which a context stands that may read as the anchor says."""
+        return _each(self._anchored.get(anchor, ()))
+
+    def context_of(self, entry: Entry) -> bytes | None:
+        """The packed tokens of the context that ends where ``entry`` does.
+
+        None when a part of it is not known, or more than one is said to be.
+        """
+        paths = [entry.path]
+        while entry.end > len(paths[-1]) // TOKEN_BYTES:
+            position = entry.end - len(paths[-1]) // TOKEN_BYTES
+            before = [
+                known
+                for known in _each(self._ending.get(entry.segment_key, ()))
+                if known.object_id.kind is ObjectKind.KV and known.start < known.end == position
+            ]
+            if not before:
+                return None
+            entry = before[0]
+            paths.append(entry.path)
+        return b"".join(reversed(paths))
+
     def segment(self, key: bytes) -> Segment | None:
         """The segment that starts at ``key``, to be read only."""
         known = self._segments.get(key)
         return Segment(known) if isinstance(known, Entry) else known
+
+    def segment_or_block(self, key: bytes) -> Segment | Entry | None:
+        """Like ``segment``; a block that is all of its segment stands for it."""
+        return self._segments.get(key)
 
     def add(self, entry: Entry) -> Entry:
         """Add an object, or find the one of the same name that is there already."""
@@ -227,6 +328,9 @@ class Index:
         self._count += 1
         if not entry.segment_key:
             return entry
+        for anchor in split_anchors(entry.anchors):
+            others = self.anchored(anchor)[1 - _MAX_SPELLINGS :]
+            self._anchored[anchor] = (*others, entry) if others else entry
         self._share_bytes(entry)
         if entry.object_id.kind is ObjectKind.KV:
             if not entry.lead and entry.segment_key not in self._segments:
@@ -237,6 +341,7 @@ class Index:
                 self._adopt_orphans(segment)
             else:
                 segment.orphans[entry] = None
+            segment.list_block(entry)
         elif entry.object_id.kind is ObjectKind.SNAPSHOT:
             segment = self._segment(entry.segment_key)
             bisect.insort(segment.snapshots, entry, key=_path)
@@ -262,6 +367,7 @@ class Index:
             self._ending[key] = left[0] if len(left) == 1 else left
         else:
             del self._ending[key]
+        self._drop_anchors(entry)
         segment_key = entry.segment_key
         if segment_key not in self._segments:
             return []
@@ -269,12 +375,16 @@ class Index:
         if entry.parent is not None and entry.parent.children is not None:
             del entry.parent.children[entry]
             entry.parent = None
-        if entry.object_id.kind is ObjectKind.KV and self._is_attached(entry):
+        if entry.object_id.kind is _KV:
             segment = self._segment(segment_key)
-            loose = self._detach(segment, entry)
-            segment.orphans.update(dict.fromkeys(loose))
-            self._adopt_orphans(segment)
-            loose += self._followers(entry)
+            segment.unlist_block(entry)
+            if entry in segment.orphans:
+                del segment.orphans[entry]
+            else:
+                loose = self._detach(segment, entry)
+                segment.orphans.update(dict.fromkeys(loose))
+                self._adopt_orphans(segment)
+                loose += self._followers(entry)
         else:
             known = self._segments[segment_key]
             if isinstance(known, Segment):
@@ -352,6 +462,14 @@ class Index:
 
     # ------------------------------------------------------------ attachment
 
+    def _drop_anchors(self, entry: Entry) -> None:
+        for anchor in split_anchors(entry.anchors):
+            left = tuple(other for other in self.anchored(anchor) if other is not entry)
+            if left:
+                self._anchored[anchor] = left[0] if len(left) == 1 else left
+            else:
+                self._anchored.pop(anchor, None)
+
     def _segment(self, key: bytes) -> Segment:
         known = self._segments.get(key)
         if isinstance(known, Segment):
@@ -378,11 +496,6 @@ class Index:
                 after.segment_key = key
                 if entry.end == after.start:
                     entry.end = after.start
-
-    def _is_attached(self, entry: Entry) -> bool:
-        """Whether a block is where look-ups see it."""
-        known = self._segments.get(entry.segment_key)
-        return known is entry or (isinstance(known, Segment) and entry not in known.orphans)
 
     def _tidy(self, segment_key: bytes) -> None:
         """Keep no segment without objects, and a lone block without a segment."""
@@ -438,6 +551,7 @@ class Index:
         self._ending.clear()
         self._segments.clear()
         self._namespaces.clear()
+        self._anchored.clear()
         self._count = 0
 
     def _detach(self, segment: Segment, entry: Entry) -> list[Entry]:
@@ -476,8 +590,30 @@ def _holder(segment: Segment, lead: bytes) -> Entry | None:
     return entry
 
 
-def _remove_sorted(entries: list[Entry], entry: Entry) -> None:
-    at = bisect.bisect_left(entries, entry.path, key=_path)
+def _furthest(
+    alike: list[Entry], tokens: bytes, least: int, usable: Callable[[Entry], bool]
+) -> tuple[Entry, int] | None:
+    """Of blocks with one lead, the usable one that shares most, if more than ``least``.
+
+    On either side of the place of ``tokens``, a block further away shares no more.
+    """
+    at = bisect.bisect_left(alike, tokens, key=_tokens)
+    best: Entry | None = None
+    for side in (range(at, len(alike)), range(at - 1, -1, -1)):
+        for number in side:
+            shared = common_tokens(alike[number].tokens, tokens)
+            if shared <= least:
+                break
+            if usable(alike[number]):
+                best, least = alike[number], shared
+                break
+    return None if best is None else (best, least)
+
+
+def _remove_sorted(
+    entries: list[Entry], entry: Entry, key: Callable[[Entry], bytes] = _path
+) -> None:
+    at = bisect.bisect_left(entries, key(entry), key=key)
     while entries[at] is not entry:
         at += 1
     del entries[at]

@@ -7,6 +7,7 @@ import struct
 from collections.abc import Mapping
 from typing import Final
 
+from erllama_core.cache.anchors import TextKeys
 from erllama_core.interfaces.block import FORMAT_VERSION, TOKEN_BYTES, Bytes
 
 _LENGTH: Final = struct.Struct("<Q")
@@ -46,11 +47,19 @@ class ContextKeys:
     One thread at a time.
     """
 
-    __slots__ = ("_states", "_step", "align_tokens", "namespace", "tokens")
+    __slots__ = ("_states", "_step", "align_tokens", "namespace", "text", "tokens")
 
-    def __init__(self, namespace: bytes, tokens: bytes | bytearray, align_tokens: int) -> None:
+    def __init__(
+        self,
+        namespace: bytes,
+        tokens: bytes | bytearray,
+        align_tokens: int,
+        text: TextKeys | None = None,
+    ) -> None:
         self.namespace: Final = namespace
         self.tokens = tokens
+        self.text: Final = text
+        """The same context's names by text, where tokens have one."""
         self.align_tokens: Final = align_tokens
         self._step: Final = align_tokens * TOKEN_BYTES
         self._states = [hashlib.sha256(namespace)]

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import attrs
 
 from erllama_core.cache.catalog import Catalog
+from erllama_core.cache.deadlines import Deadlines
+from erllama_core.cache.eviction import Use
+from erllama_core.cache.gate import Line
 from erllama_core.cache.index import Copy, Entry
+from erllama_core.cache.lanes import Lane, Work
 from erllama_core.cache.lookup import Match
 from erllama_core.cache.marks import decode_mark
-from erllama_core.cache.pages import PooledPages
+from erllama_core.cache.reading import read_object
 from erllama_core.cache.tiers import TierStore
 from erllama_core.errors import BlockNotFound, CacheError, CorruptBlock
 from erllama_core.interfaces.backend import Mark, RangeImport
-from erllama_core.interfaces.block import verify_object
 from erllama_core.interfaces.log import get_logger
 from erllama_core.interfaces.tier import Pages
 
@@ -27,24 +29,8 @@ log = get_logger("erllama.cache")
 
 _REST_S: Final = 1.0
 """How long a copy that could not be read is left alone."""
-
-
-class PayloadPages:
-    """The payload part of pages that hold a whole object; implements Pages."""
-
-    def __init__(self, pages: PooledPages, header_bytes: int) -> None:
-        self._pages: Final = pages
-        self._header_bytes: Final = header_bytes
-
-    @property
-    def view(self) -> memoryview:
-        return self._pages.view[self._header_bytes :]
-
-    def retain(self) -> None:
-        self._pages.retain()
-
-    def release(self) -> None:
-        self._pages.release()
+_TIER_REST_S: Final = 30.0
+"""How long a tier is left alone whose read got no answer in time, or until it answers."""
 
 
 @attrs.define(eq=False)
@@ -56,17 +42,25 @@ class _Part:
     copy: Copy | None = None
     """The copy that is read, marked as in use."""
     head: bytes = b""
+    line: Line | None = None
+    """Where the cost of its read is taken note of, when it was read."""
+    read_s: float = 0.0
+    is_being_read: bool = False
 
 
 class Fetch:
     """The state of a match, in memory. Release it when it was imported."""
 
-    def __init__(self, match: Match, catalog: Catalog) -> None:
+    def __init__(self, match: Match, catalog: Catalog, done: Callable[[Fetch], None]) -> None:
         self.match: Final = match
+        self.done: Final = done
+        self.started_ns: Final = time.perf_counter_ns()
         self._catalog: Final = catalog
         self.parts = [_Part(entry) for entry in _entries(match)]
         self.lock = threading.Lock()
         self.waiting = 0
+        self.given_up = False
+        """It took too long; what is still read for it is nobody's."""
         self.failed = False
         """An object was gone or damaged; the index knows by now, so look up again."""
         self.n_bytes = 0
@@ -88,13 +82,7 @@ class Fetch:
     def release(self) -> None:
         """Let go of all pages. Idempotent."""
         parts, self.parts = self.parts, []
-        for part in parts:
-            if part.pages is not None:
-                part.pages.release()
-        with self._catalog.lock:
-            for part in parts:
-                if part.copy is not None:
-                    self._catalog.let_go(part.entry, part.copy)
+        _release(self._catalog, parts)
 
     def view(self, entry: Entry) -> memoryview:
         """The payload of one of the match's objects."""
@@ -114,11 +102,23 @@ def _entries(match: Match) -> list[Entry]:
 
 
 class Loader:
-    """A pool of threads that read and verify; no read ever happens on a caller's thread."""
+    """Reads and verifies; no read ever happens on a caller's thread.
 
-    def __init__(self, catalog: Catalog, *, threads: int) -> None:
+    Each tier has threads of its own. A fetch that takes too long is given up, and what is
+    still being read for it is released when it comes.
+    """
+
+    def __init__(self, catalog: Catalog, *, threads: int, timeout_s: float) -> None:
         self._catalog: Final = catalog
-        self._pool: Final = ThreadPoolExecutor(threads, thread_name_prefix="erllama-loader")
+        self._timeout_s: Final = timeout_s
+        self._hangs_s: Final = timeout_s / 2
+        """A read that has lasted so long when a fetch is given up is why."""
+        self._lanes: Final = {
+            store: Lane(f"loader-{store.name}", threads=threads)
+            for store in catalog.stores.values()
+            if store.keeps is None
+        }
+        self._deadlines: Final = Deadlines(timeout_s, self._give_up, name="erllama-read-timer")
 
     def fetch(
         self,
@@ -130,9 +130,11 @@ class Loader:
         """Collect the objects of a match from the nearest tiers that have them.
 
         What is all in memory is returned at once; else ``done`` is called with it later, on
-        a loader thread. What was read is kept in ``promote_to`` as well.
+        another thread. What was read is kept in ``promote_to`` as well.
         """
-        fetch = Fetch(match, self._catalog)
+        fetch = Fetch(match, self._catalog, done)
+        tiers = tuple(store for store in tiers if self._answers(store))
+        nearer = () if promote_to not in tiers else tiers[tiers.index(promote_to) + 1 :]
         reads: list[tuple[_Part, TierStore]] = []
         with self._catalog.lock:
             for part in fetch.parts:
@@ -143,30 +145,37 @@ class Loader:
                     fetch.failed = True
             if fetch.failed:
                 for part, _ in reads:
-                    self._unuse(part)
+                    _unuse(self._catalog, part)
                 reads.clear()
         if not reads:
             self._finish(fetch)
             return fetch
         fetch.waiting = len(reads)
-        started = time.perf_counter_ns()
+        for part, _ in reads:
+            part.is_being_read = True
+        self._deadlines.add(fetch)
         for part, store in reads:
-            self._pool.submit(self._read, fetch, part, store, promote_to, started, done)
+            target = promote_to if store in nearer else None
+            self._lanes[store].submit(
+                Work(
+                    functools.partial(self._read, fetch, part, store, target),
+                    functools.partial(self._read_is_over, fetch, part, ok=False),
+                )
+            )
         return None
 
-    def submit(self, work: Callable[[], object]) -> None:
-        """Run something that blocks on a thread of the pool, some time."""
-        with contextlib.suppress(RuntimeError):  # the pool is closed
-            self._pool.submit(work)
+    def close(self) -> list[TierStore]:
+        """Finish the reads under way and stop the threads; the tiers that hang."""
+        hanging = [store for store, lane in self._lanes.items() if lane.close(self._timeout_s)]
+        self._deadlines.close()
+        return hanging
 
-    def close(self) -> None:
-        """Finish the reads under way and stop the threads."""
-        self._pool.shutdown(wait=True, cancel_futures=False)
-
-    def _unuse(self, part: _Part) -> None:
-        if part.copy is not None:
-            self._catalog.let_go(part.entry, part.copy)
-            part.copy = None
+    def _answers(self, store: TierStore) -> bool:
+        """Whether a tier has a thread left to read with; it rests on while it has none."""
+        if store.keeps is not None or not self._lanes[store].is_stuck(self._hangs_s):
+            return True
+        store.rests_until_s = time.monotonic() + _TIER_REST_S
+        return False
 
     def _take(self, part: _Part, tiers: tuple[TierStore, ...]) -> TierStore | None:
         """Borrow what is in memory; the tier to read from otherwise. Under the lock."""
@@ -175,11 +184,10 @@ class Loader:
             entry.pages.retain()
             part.pages = entry.pages
             return None
-        for store in tiers:
-            copy = entry.copy_in(store)
-            if copy is None or copy.rests_until_s > time.monotonic():
-                continue
+        for copy in entry.copies_along(tiers):
+            store = copy.tier
             if store.keeps is None:
+                part.line = store.reads.line(copy.last_used_ns, self._catalog.clock())
                 part.copy = copy
                 copy.users += 1
                 return store
@@ -195,81 +203,93 @@ class Loader:
         return None
 
     def _read(
-        self,
-        fetch: Fetch,
-        part: _Part,
-        store: TierStore,
-        promote_to: TierStore | None,
-        started: int,
-        done: Callable[[Fetch], None],
+        self, fetch: Fetch, part: _Part, store: TierStore, promote_to: TierStore | None
     ) -> None:
+        """On a thread of the tier's lane."""
         promoted: Pages | None = None
+        ok = False
         try:
-            self._read_part(part, store)
-            promoted = part.pages
-            if promoted is not None and promote_to is not None:
+            if fetch.given_up:
+                return
+            stopwatch = self._catalog.stopwatch
+            started = stopwatch()
+            part.head, part.pages = read_object(self._catalog, store, part.entry)
+            part.read_s = stopwatch() - started
+            ok = True
+            self._catalog.counters.hit_tier(store.name)
+            if promote_to is not None:
+                promoted = part.pages
                 promoted.retain()
         except BlockNotFound:
-            fetch.failed = True
             self._catalog.forget_copy(store, part.entry)
         except CorruptBlock as error:
-            fetch.failed = True
             self._catalog.discard_corrupt(store, part.entry.object_id, error.reason)
         except CacheError:
             # It is there still: another attempt goes without it, a later request may try.
-            fetch.failed = True
             if part.copy is not None:
                 part.copy.rests_until_s = time.monotonic() + _REST_S
         except Exception:  # what is left is a bug; the request must still be answered
-            fetch.failed = True
             log.exception("load.failed", tier=store.name)
         finally:
-            self._read_is_over(fetch, started, done)
+            self._read_is_over(fetch, part, ok=ok)
         if promoted is not None and promote_to is not None:
             self._promote(promote_to, part, promoted)
 
-    def _read_is_over(self, fetch: Fetch, started: int, done: Callable[[Fetch], None]) -> None:
+    def _read_is_over(self, fetch: Fetch, part: _Part, *, ok: bool) -> None:
         with fetch.lock:
-            fetch.waiting -= 1
-            last = fetch.waiting == 0
-        if last:
-            self._catalog.counters.add("load_ns", time.perf_counter_ns() - started)
-            self._finish(fetch)
-            done(fetch)
+            part.is_being_read = False
+            late = fetch.given_up
+            last = False
+            if not late:
+                fetch.failed |= not ok
+                fetch.waiting -= 1
+                last = fetch.waiting == 0
+        if late:
+            if ok and part.copy is not None:
+                part.copy.tier.rests_until_s = 0.0  # it answers again
+            _release(self._catalog, (part,))
+        elif last:
+            self._deadlines.discard(fetch)
+            self._deliver(fetch)
 
-    def _read_part(self, part: _Part, store: TierStore) -> None:
-        entry = part.entry
-        taken: list[PooledPages] = []
+    def _give_up(self, fetch: Fetch) -> None:
+        """A fetch has lasted too long: its request goes on without it. On the timer's thread."""
+        with fetch.lock:
+            if not fetch.waiting:
+                return
+            fetch.given_up = fetch.failed = True
+            fetch.waiting = 0
+            missing = [part for part in fetch.parts if part.is_being_read]
+            # Those belong to their reads from now on.
+            fetch.parts = [part for part in fetch.parts if not part.is_being_read]
+        self._catalog.counters.add("reads_given_up")
+        now = time.monotonic()
+        late: dict[TierStore, None] = {}
+        for part in missing:
+            if part.copy is not None:
+                part.copy.rests_until_s = now + _TIER_REST_S
+                late[part.copy.tier] = None
+        for store in late:
+            # A tier that is only busy goes on; one that hangs is left alone for a while.
+            if self._lanes[store].hanging(self._hangs_s):
+                store.rests_until_s = now + _TIER_REST_S
+                store.note_hanging()
+        self._deliver(fetch)
 
-        def allocate(size: int) -> memoryview:
-            taken.append(self._catalog.pool.acquire(size))
-            return taken[-1].view
-
-        try:
-            data = store.attempt(lambda: store.tier.read(entry.object_id, allocate), "read")
-            header = verify_object(data, entry.object_id)
-            if (header.namespace, header.lead_tokens, header.tokens) != (
-                entry.namespace,
-                entry.lead,
-                entry.tokens,
-            ):
-                raise CorruptBlock("tokens differ from those that were indexed")
-            if len(taken) != 1 or taken[0].size != len(data):
-                raise CorruptBlock("the tier did not return the buffer that it was given")
-        except BaseException:
-            for pages in taken:
-                pages.release()
-            raise
-        part.head = bytes(data[: header.header_bytes])
-        part.pages = PayloadPages(taken[0], header.header_bytes)
-        self._catalog.counters.hit_tier(store.name)
-        self._catalog.counters.add("bytes_read", len(data))
+    def _deliver(self, fetch: Fetch) -> None:
+        self._catalog.counters.add("load_ns", time.perf_counter_ns() - fetch.started_ns)
+        if not fetch.failed:
+            _take_note_of_costs(fetch.parts)
+        self._finish(fetch)
+        fetch.done(fetch)
 
     def _promote(self, store: TierStore, part: _Part, pages: Pages) -> None:
         try:
-            if part.entry.copy_in(store) is None:
-                reason = part.copy.save_reason if part.copy is not None else ""
-                self._catalog.put(store, part.entry, part.head, pages, reason)
+            if part.entry.copy_in(store) is None and part.copy is not None:
+                use = Use(self._catalog.clock(), part.copy.hits)
+                reason = part.copy.save_reason
+                self._catalog.put(store, part.entry, part.head, pages, reason, use=use)
+                self._catalog.counters.add("promotions")
         except CacheError:
             return  # the tier is full of what is worth more, or in trouble, which was logged
         finally:
@@ -294,3 +314,34 @@ class Loader:
                 for store in stores:
                     self._catalog.discard_corrupt(store, entry.object_id, error.reason)
                 fetch.release()
+
+
+def _release(catalog: Catalog, parts: Sequence[_Part]) -> None:
+    """Let go of the pages and copies of these."""
+    for part in parts:
+        if part.pages is not None:
+            part.pages.release()
+    with catalog.lock:
+        for part in parts:
+            _unuse(catalog, part)
+
+
+def _unuse(catalog: Catalog, part: _Part) -> None:
+    if part.copy is not None:
+        catalog.let_go(part.entry, part.copy)
+        part.copy = None
+
+
+def _take_note_of_costs(parts: list[_Part]) -> None:
+    """One measurement for each kind of read: a slow moment of a disk is one outlier, not forty."""
+    sums: dict[Line, tuple[int, int, float]] = {}
+    for part in parts:
+        if part.line is not None and part.copy is not None:
+            count, size, seconds = sums.get(part.line, (0, 0, 0.0))
+            sums[part.line] = (
+                count + 1,
+                size + part.copy.size_bytes,
+                seconds + part.read_s,
+            )
+    for line, (count, size, seconds) in sums.items():
+        line.observe(size / count, seconds / count)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Collection
 from typing import Final
 
 import attrs
 
 from erllama_core.cache.index import Entry, Index, Segment
-from erllama_core.cache.keys import ContextKeys
+from erllama_core.cache.keys import ContextKeys, common_tokens
 from erllama_core.cache.tiers import TierStore
 from erllama_core.interfaces.backend import KVClass
 from erllama_core.interfaces.block import TOKEN_BYTES, ObjectId, ObjectKind
@@ -54,6 +53,15 @@ class Match:
             return Match(covered=self.covered)
         return Match(self.covered, fitting[-1].stop if fitting else 0, tuple(fitting))
 
+    def first(self, count: int) -> Match:
+        """What its first ``count`` pieces hold; with a snapshot all of it, or for 0 nothing."""
+        if self.snapshot is not None:
+            return self if count else Match(covered=self.covered)
+        if count >= len(self.pieces):
+            return self
+        pieces = self.pieces[:count]
+        return Match(self.covered, pieces[-1].stop if pieces else 0, pieces)
+
 
 @attrs.frozen
 class Divergence:
@@ -80,11 +88,11 @@ class Finder:
         """Whether the object can be had now, from one of this model's tiers or on its way there."""
         if entry.pages is not None and not self._tiers.isdisjoint(entry.writing):
             return True
-        return any(
-            copy.tier in self._tiers
-            and (not copy.rests_until_s or copy.rests_until_s < time.monotonic())
-            for copy in entry.copies
-        )
+        for copy in entry.copies:
+            store = copy.tier
+            if store in self._tiers and not (copy.rests_until_s or store.rests_until_s):
+                return True
+        return any(copy.tier in self._tiers and not copy.is_resting for copy in entry.copies)
 
     def find(self, keys: ContextKeys, may_sample: bool) -> Match:
         """The longest stored prefix of the whole context ``keys``.
@@ -127,11 +135,11 @@ class Finder:
         pieces: list[Piece] = []
         position = start
         while position < n:
-            segment = self._index.segment(keys.key(position))
-            if segment is None:
+            known = self._index.segment_or_block(keys.key(position))
+            if known is None:
                 break
             tokens = keys.slice(position, min(n, position + keys.align_tokens))
-            reached = self._walk_segment(segment, position, tokens, keys, pieces)
+            reached = self._walk_segment(known, position, tokens, keys, pieces)
             if reached < position + keys.align_tokens:
                 return reached, pieces
             position = reached
@@ -139,31 +147,25 @@ class Finder:
 
     def _walk_segment(
         self,
-        segment: Segment,
+        known: Segment | Entry,
         position: int,
         tokens: bytes,
         keys: ContextKeys,
         pieces: list[Piece],
     ) -> int:
-        nearest = segment.nearest_block(tokens)
-        if nearest is None:
-            return position
-        entry: Entry | None
-        entry, shared = nearest
-        stop = position + shared
-        found: list[Piece] = []
-        while entry is not None:
-            if entry.start < stop:  # else the prompt leaves the path before this block
-                found.append(Piece(entry, stop))
-                stop = entry.start
-            entry = entry.parent
-        end = position
-        for piece in reversed(found):
-            if not (self.readable(piece.entry) and _belongs(piece.entry, keys)):
-                break
-            pieces.append(piece)
-            end = piece.stop
-        return end
+        def usable(entry: Entry) -> bool:
+            return self.readable(entry) and _belongs(entry, keys)
+
+        if isinstance(known, Entry):
+            shared = common_tokens(known.tokens, tokens)
+            found = [(known, shared)] if shared and usable(known) else []
+        else:
+            found = known.cover(tokens, usable)
+        for number, (entry, reach) in enumerate(found, 1):
+            # A block gives way to the next one where that starts.
+            stop = found[number][0].start if number < len(found) else position + reach
+            pieces.append(Piece(entry, stop))
+        return pieces[-1].stop if found else position
 
     def _mark(self, keys: ContextKeys, n: int) -> Entry | None:
         entry = self._index.get(ObjectId(ObjectKind.LOGITS, n, keys.key(n)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Iterable, Iterator
 from typing import Final
 
@@ -128,7 +127,7 @@ class TierPins:
 
     def _resolve(self, pin: _Pin) -> Iterable[Entry]:
         """Find what the pin covers."""
-        at_end = [e for e in self._index.ending(pin.key) if e.copy_in(self._store) is not None]
+        at_end = [entry for entry in self._index.ending(pin.key) if self._has(entry)]
         self._learn(pin)
         rows = [e for e in at_end if e.object_id.kind is not _KV or not e.segment_key]
         gap = not pin.stretches or pin.stretches[-1].start > 0
@@ -158,30 +157,19 @@ class TierPins:
 
     def _cover(self, segment: Segment, path: bytes) -> tuple[list[Entry], int]:
         """Blocks of the tier that cover a run of tokens, and how many bytes of it they cover."""
-        found: list[Entry] = []
-        position = len(path)
-        while position and (entry := self._ending_after(segment, path[:position])) is not None:
-            found.append(entry)
-            position = len(entry.lead)
-        if not position:
-            return found, len(path)
+        found = segment.cover(path, self._has)
+        if found and found[-1][1] * TOKEN_BYTES == len(path):
+            return [entry for entry, _ in found], len(path)
         return self._cover_with_gaps(segment, path)
 
-    def _ending_after(self, segment: Segment, path: bytes) -> Entry | None:
-        """An attached block of the tier that holds the last token of ``path``."""
-        at = bisect.bisect_left(segment.blocks, path, key=lambda block: block.path)
-        if at == len(segment.blocks) or not segment.blocks[at].path.startswith(path):
-            return None
-        entry: Entry | None = segment.blocks[at]
-        while entry is not None and len(entry.lead) >= len(path):
-            entry = entry.parent
-        return entry if entry is not None and entry.copy_in(self._store) is not None else None
+    def _has(self, entry: Entry) -> bool:
+        return entry.copy_in(self._store) is not None
 
     def _cover_with_gaps(self, segment: Segment, path: bytes) -> tuple[list[Entry], int]:
-        """The same where the first block that comes to hand is not in the tier, or none is."""
+        """The same where a block is missing."""
         runs: list[tuple[int, int, Entry]] = []
         for entry in (*segment.blocks, *segment.orphans):
-            if entry.object_id.kind is _KV and entry.copy_in(self._store) is not None:
+            if entry.object_id.kind is _KV and self._has(entry):
                 shared = common_tokens(entry.path, path) * TOKEN_BYTES
                 if shared > len(entry.lead):
                     runs.append((len(entry.lead), shared, entry))

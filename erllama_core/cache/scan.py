@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Final
 
+from erllama_core.cache.anchors import read_anchors
 from erllama_core.cache.catalog import Catalog
 from erllama_core.cache.index import Entry
 from erllama_core.cache.pinning import Pinning
@@ -26,7 +27,7 @@ _PREPARED_BUFFERS: Final = 64
 
 
 class Scanner:
-    """One pass over every tier, on a thread of its own.
+    """One pass over every tier, each on a thread of its own.
 
     Afterwards it has the pool map pages for what is read next, most likely: a restart is
     followed by requests for what was used last, and mapping fresh pages can take as long as
@@ -50,10 +51,19 @@ class Scanner:
         self._timer: Final = threading.Timer(PATIENCE_S, self._lose_patience)
         self._timer.daemon = True
         self._timer.name = "erllama-scan-timer"
-        self._thread: Final = threading.Thread(target=self._run, name="erllama-scan", daemon=True)
-        if self._unscanned:
+        self._threads: Final = [
+            threading.Thread(
+                target=self._run, args=(store,), name=f"erllama-scan-{store.name}", daemon=True
+            )
+            for store in self._unscanned
+        ]
+        self._running = len(self._threads)
+        if self._threads:
             self._timer.start()
-        self._thread.start()
+        else:
+            self._done.set()
+        for thread in self._threads:
+            thread.start()
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Wait until everything that was stored before the start is known."""
@@ -71,11 +81,18 @@ class Scanner:
                 return
         then()
 
-    def close(self) -> None:
-        """Stop early and wait for the thread; nobody waits for the scan afterwards."""
+    def close(self, timeout_s: float) -> None:
+        """Stop early and wait for the threads; nobody waits for the scan afterwards.
+
+        A thread whose tier hangs is left behind.
+        """
         self._stopping = True
         self._timer.cancel()
-        self._thread.join()
+        deadline = time.monotonic() + timeout_s
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+            if thread.is_alive():
+                log.warning("scan.abandoned", thread=thread.name)
         self._lose_patience()
         if self._timer.is_alive():
             self._timer.join()
@@ -92,17 +109,19 @@ class Scanner:
         for _, then in ready:
             then()
 
-    def _run(self) -> None:
+    def _run(self, store: TierStore) -> None:
         try:
-            for store in tuple(self._unscanned):
-                self._scan(store)
-                with self._lock:
-                    self._unscanned.discard(store)
-                self._call_those_that_need_not_wait()
+            self._scan(store)
         finally:
-            self._timer.cancel()
-            self._done.set()
-        if not self._stopping:
+            with self._lock:
+                self._unscanned.discard(store)
+                self._running -= 1
+                last = not self._running
+            self._call_those_that_need_not_wait()
+            if last:
+                self._timer.cancel()
+                self._done.set()
+        if last and not self._stopping:
             with contextlib.suppress(OSError):
                 self._catalog.pool.prepare(size for _, size in sorted(self._latest, reverse=True))
 
@@ -147,8 +166,9 @@ class Scanner:
         except CorruptBlock as error:
             self._catalog.discard_corrupt(store, found.object_id, error.reason)
             return f"{found.object_id}: {error.reason}"
-        keep = heapq.heappush if len(self._latest) < _PREPARED_BUFFERS else heapq.heappushpop
-        keep(self._latest, (found.last_used_ns, found.size_bytes))
+        with self._lock:
+            keep = heapq.heappush if len(self._latest) < _PREPARED_BUFFERS else heapq.heappushpop
+            keep(self._latest, (found.last_used_ns, found.size_bytes))
         reason = header.info.get("save_reason")
         self._catalog.add_copy(
             store, entry_of(header), found.size_bytes, found.last_used_ns, str(reason or "")
@@ -166,4 +186,5 @@ def entry_of(header: Header) -> Entry:
         header.segment_key if in_tree else b"",
         header.lead_tokens,
         header.tokens if in_tree else b"",
+        read_anchors(header.info.get("anchors")),
     )

@@ -9,10 +9,11 @@ from typing import Final, TypeVar
 import attrs
 
 from erllama_core.cache.counters import CounterSet
+from erllama_core.cache.gate import ReadCosts
 from erllama_core.errors import BlockNotFound, CacheError, TierError, TierFull
 from erllama_core.interfaces.block import ObjectId
 from erllama_core.interfaces.log import get_logger
-from erllama_core.interfaces.tier import KeepsPages, RecordsPins, Tier, TierUsage
+from erllama_core.interfaces.tier import KeepsPages, MakesDurable, RecordsPins, Tier, TierUsage
 
 log = get_logger("erllama.cache")
 
@@ -37,6 +38,15 @@ class TierStore:
         self.tier: Final = named.tier
         self.keeps: Final = named.tier if isinstance(named.tier, KeepsPages) else None
         self.records: Final = named.tier if isinstance(named.tier, RecordsPins) else None
+        self.reads: Final = ReadCosts()
+        durable = named.tier if isinstance(named.tier, MakesDurable) else None
+        self.is_volatile: Final = self.keeps is not None or (
+            durable is not None and not durable.outlives_power
+        )
+        """Whether a restart loses what it holds."""
+        self.durable: Final = None if self.is_volatile else durable
+        self.rests_until_s = 0.0
+        """After a read that hung, on the monotonic clock: nothing is read from it until then."""
         self._counters: Final = counters
         self._lock = threading.Lock()
         self._in_trouble = False
@@ -64,6 +74,10 @@ class TierStore:
     def usage(self) -> TierUsage:
         """The tier's usage. Raises CacheError; that it answers does not end trouble."""
         return self._run(self.tier.usage, "tell its usage")
+
+    def note_hanging(self) -> None:
+        """A read got no answer in time: trouble, until the tier answers again."""
+        self._note_trouble("read", TierError("no answer in time"))
 
     def _run(self, operation: Callable[[], _T], what: str) -> _T:
         try:

@@ -90,6 +90,13 @@ def _in_words(path: Path, prompt: Prompt, explanation: Explanation) -> str:
         )
         if explanation.stored_text is not None:
             lines.append(f"  the stored context goes on with: {explanation.stored_text!r}")
+    if explanation.gate is not None:
+        lines.append(
+            f"  expected: {explanation.gate.restore_s:.3g} s to restore, "
+            f"{explanation.gate.compute_s:.3g} s to compute the same"
+        )
+    if explanation.saving is not None:
+        lines.append(f"  {explanation.saving}")
     return "\n".join(lines)
 
 

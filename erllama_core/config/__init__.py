@@ -13,12 +13,12 @@ from erllama_core.config.classes import (
     ModelConfig,
     PluginsConfig,
     PressureConfig,
-    ThinkingMarkers,
     TierConfig,
-    ToolCallMarkers,
 )
 from erllama_core.config.reading import LoadedConfig, load_config, model_config, read_config
+from erllama_core.config.signing import read_signing_key
 from erllama_core.config.structuring import structure_options
+from erllama_core.interfaces.markers import ThinkingMarkers, ToolCallMarkers
 
 __all__ = [
     "CacheConfig",
@@ -38,5 +38,6 @@ __all__ = [
     "model_config",
     "not_yet_effective",
     "read_config",
+    "read_signing_key",
     "structure_options",
 ]

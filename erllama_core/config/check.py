@@ -11,6 +11,7 @@ import attrs
 
 from erllama_core.config.classes import EngineConfig, ModelConfig, PressureConfig
 from erllama_core.config.reading import read_config
+from erllama_core.config.signing import read_signing_key
 from erllama_core.config.structuring import dotted, structure_options
 from erllama_core.errors import (
     ConfigError,
@@ -73,25 +74,16 @@ def check_config(config: EngineConfig, host: PluginHost) -> list[ConfigProblem]:
         path = dotted("models", [model_id])
         _check_model(config, host, model, path, problems)
     _check_pressure(config, host, problems)
+    try:
+        read_signing_key(config.engine)
+    except ConfigError as error:
+        problems += error.problems
     return problems
 
 
 def not_yet_effective(config: EngineConfig) -> list[str]:
     """Paths of options that are set, understood, and without effect in this release."""
-    found = [
-        f"engine.{name}"
-        for name in ("thinking_signing_key_file", "thinking_signing_key_env")
-        if getattr(config.engine, name) is not None
-    ]
-    for model_id, model in config.models.items():
-        found += [
-            dotted("models", [model_id, name])
-            for name in ("thinking_markers", "tool_call_markers")
-            if getattr(model, name) is not None
-        ]
-    if config.pressure.enabled:
-        found.append("pressure.enabled")
-    return found
+    return ["pressure.enabled"] if config.pressure.enabled else []
 
 
 def _check_model(
@@ -110,6 +102,10 @@ def _check_model(
         f"{path}.model_opts",
         problems,
     )
+    for name in model.processors:
+        options = model.processor_opts.get(name, {})
+        place = dotted(f"{path}.processor_opts", [name])
+        _check_provider(host, "processor", name, f"{path}.processors", options, place, problems)
     if model.model_path is not None:
         reason = _unreadable(model.model_path)
         if reason is not None:

@@ -19,6 +19,7 @@ from erllama_core.config.converter import Prepare, Unexpected
 from erllama_core.config.structuring import dotted, structure_nested, structure_options
 from erllama_core.errors import ConfigError, ConfigProblem, nearest
 from erllama_core.interfaces.backend import ContextOptions
+from erllama_core.interfaces.markers import ThinkingMarkers, ToolCallMarkers
 from erllama_core.providers import ByteSize
 
 Problem = tuple[str, str]
@@ -27,6 +28,7 @@ Problem = tuple[str, str]
 _INFLIGHT_BYTES: Final = ByteSize(256 << 20)
 _MIN_EVICT_BYTES: Final = ByteSize(1 << 20)
 _MOST_TOKENS: Final = (1 << 31) - 1
+_PROCESSORS: Final = ("thinking", "tool_calls", "stop_sequences")
 _POLICY_FIELDS: Final = tuple(field.name for field in attrs.fields(SavePolicy))
 
 
@@ -89,9 +91,16 @@ class CacheConfig(SavePolicy):
     """``[cache]``: the save policy of every model, and the flow of bytes to the tiers."""
 
     max_inflight_bytes: ByteSize = _INFLIGHT_BYTES
-    """State that waits to be written, at most; a save beyond it is dropped and counted."""
+    """State that waits to be written to one tier, at most; that tier goes without what is
+    beyond it, which is counted."""
     writer_threads: int = 1
+    """For each tier."""
     loader_threads: int = 2
+    """For each tier that is read from."""
+    read_timeout_ms: int = 5000
+    """What takes longer to read is computed instead, and its tier left alone for a while."""
+    write_timeout_ms: int = 30000
+    """``flush`` and ``close`` wait no longer for a tier that does nothing."""
     marks_share: float = MARKS_SHARE
     """Of each tier's quota: room for marks, which make exact hits instant."""
 
@@ -100,6 +109,7 @@ class CacheConfig(SavePolicy):
         found += _too_small(self, max_inflight_bytes=1, writer_threads=1, loader_threads=1)
         if not 0 <= self.marks_share <= 1:
             found.append(("marks_share", f"{self.marks_share:g}; it must be from 0 to 1"))
+        found += _too_small(self, read_timeout_ms=1, write_timeout_ms=1)
         return found
 
 
@@ -125,38 +135,6 @@ def _with_ram(tiers: Iterable[TierConfig]) -> tuple[TierConfig, ...]:
         return tiers
     # Last, so that a tier's index here is its index in the file.
     return (*tiers, TierConfig("ram", "ram"))
-
-
-@attrs.frozen(kw_only=True)
-class ThinkingMarkers:
-    """The texts around a model's thinking."""
-
-    start: str
-    end: str
-
-    def problems(self) -> list[Problem]:
-        """What is wrong with the values; empty when nothing is."""
-        return [(name, "empty") for name in ("start", "end") if not getattr(self, name)]
-
-
-@attrs.frozen(kw_only=True)
-class ToolCallMarkers:
-    """The texts around a model's tool calls, and around free text within them."""
-
-    start: str
-    end: str
-    """``"$eos"``: the end of generation."""
-    payload_start: str | None = None
-    payload_end: str | None = None
-
-    def problems(self) -> list[Problem]:
-        """What is wrong with the values; empty when nothing is."""
-        names = ("start", "end", "payload_start", "payload_end")
-        found = [(name, "empty") for name in names if getattr(self, name) == ""]
-        if (self.payload_start is None) != (self.payload_end is None):
-            missing = "payload_start" if self.payload_start is None else "payload_end"
-            found.append((missing, "missing; the two payload markers come together"))
-        return found
 
 
 @attrs.frozen(kw_only=True)
@@ -191,6 +169,12 @@ class ModelConfig:
     """A Jinja template instead of the model's own."""
     thinking_markers: ThinkingMarkers | None = None
     tool_call_markers: ToolCallMarkers | None = None
+    processors: Annotated[tuple[str, ...], Prepare(_names)] = attrs.field(
+        default=_PROCESSORS, converter=_as_names
+    )
+    """Stream processors, in the order in which a reply passes them."""
+    processor_opts: Mapping[str, Mapping[str, Any]] = attrs.field(factory=dict)
+    """By a processor's name, its options; structured by its own class."""
 
     def problems(self) -> list[Problem]:
         """What is wrong with the values; empty when nothing is."""
@@ -207,10 +191,35 @@ class ModelConfig:
             message = f"{self.context_size} is above context_opts.n_ctx ({n_ctx})"
             found.append(("context_size", message))
         found += _name_problems("tier", self.tier)
-        for field in ("thinking_markers", "tool_call_markers"):
-            markers: ThinkingMarkers | ToolCallMarkers | None = getattr(self, field)
-            if markers is not None:
-                found += [(f"{field}.{name}", text) for name, text in markers.problems()]
+        return found + self._marker_problems() + self._processor_problems()
+
+    def _marker_problems(self) -> list[Problem]:
+        found: list[Problem] = []
+        thinking, calls = self.thinking_markers, self.tool_call_markers
+        if thinking is not None:
+            found += [(f"thinking_markers.{name}", text) for name, text in thinking.problems()]
+            if "thinking" not in self.processors:
+                found.append(("thinking_markers", "processors does not have 'thinking'"))
+        if calls is not None:
+            found += [(f"tool_call_markers.{name}", text) for name, text in calls.problems()]
+            if "tool_calls" not in self.processors:
+                found.append(("tool_call_markers", "processors does not have 'tool_calls'"))
+        if thinking is not None and calls is not None:
+            others = {text: f"thinking_markers.{name}" for name, text in thinking.texts().items()}
+            for name, text in calls.texts().items():
+                if text and text in others:
+                    message = f"{text!r} is {others[text]} too; markers must differ"
+                    found.append((f"tool_call_markers.{name}", message))
+        return found
+
+    def _processor_problems(self) -> list[Problem]:
+        found = _name_problems("processors", self.processors)
+        if "utf8" in self.processors:
+            found.append(("processors", "'utf8' ends every pipeline; leave it out"))
+        for name in self.processor_opts:
+            if name not in self.processors:
+                message = "options for what processors does not name"
+                found.append((dotted("processor_opts", [name]), message))
         return found
 
 
@@ -341,6 +350,10 @@ def _context_problems(options: ContextOptions) -> Iterator[Problem]:
         if value is not None and not 1 <= value <= _MOST_TOKENS:
             bounds = "too small; at least 1" if value < 1 else f"too large; at most {_MOST_TOKENS}"
             yield f"context_opts.{name}", f"{value} is {bounds}"
+    for name in ("decode_budget_ms", "resident_cells_max"):
+        value = getattr(options, name)
+        if value is not None and value < 0:
+            yield f"context_opts.{name}", f"{value} is too small; at least 0"
     for name in ("type_k", "type_v"):
         if not getattr(options, name):
             yield f"context_opts.{name}", "empty"

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, Unpack
 
 from erllama_core.config import ModelConfig
 from erllama_core.errors import EngineClosed
 from erllama_core.model.model import Model, ModelRef, PromptLike
-from erllama_core.model.options import RequestKwargs
+from erllama_core.model.options import ReplyKwargs, RequestKwargs
 from erllama_core.prompt import Prompt
-from erllama_core.results import Completion
+from erllama_core.results import CacheKey, Completion, Prefill
 from erllama_core.stream.stream import Stream
 
 if TYPE_CHECKING:
@@ -57,6 +57,42 @@ class AsyncEngine:
     ) -> Stream:
         """See :meth:`Engine.infer`; the stream is an async iterator too."""
         return await asyncio.to_thread(self._sync.infer, model, prompt, **options)
+
+    async def prefill_only(
+        self,
+        model: ModelRef,
+        prompt: PromptLike,
+        *,
+        parent_key: CacheKey | None = None,
+        cache_salt: str | None = None,
+    ) -> Prefill:
+        """See :meth:`Engine.prefill_only`."""
+        return await asyncio.to_thread(
+            self._sync.prefill_only, model, prompt, parent_key=parent_key, cache_salt=cache_salt
+        )
+
+    async def continue_session(
+        self,
+        model: ModelRef,
+        suffix_tokens: Sequence[int],
+        *,
+        session_id: Hashable,
+        expect_committed: Sequence[int] | None = None,
+        **options: Unpack[ReplyKwargs],
+    ) -> Stream:
+        """See :meth:`Engine.continue_session`; the stream is an async iterator too."""
+        return await asyncio.to_thread(
+            self._sync.continue_session,
+            model,
+            suffix_tokens,
+            session_id=session_id,
+            expect_committed=expect_committed,
+            **options,
+        )
+
+    async def reset_session(self, model: ModelRef, session_id: Hashable) -> bool:
+        """See :meth:`Engine.reset_session`."""
+        return await asyncio.to_thread(self._sync.reset_session, model, session_id)
 
     async def embed(self, model: ModelRef, prompt: PromptLike) -> list[float]:
         """See :meth:`Engine.embed`."""

@@ -8,7 +8,7 @@ import itertools
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Self, Unpack
 
@@ -21,8 +21,10 @@ from erllama_core.config import (
     load_config,
     model_config,
     not_yet_effective,
+    read_signing_key,
     structure_options,
 )
+from erllama_core.config.structuring import dotted
 from erllama_core.engine.aio import AsyncEngine
 from erllama_core.errors import (
     AlreadyLoaded,
@@ -35,13 +37,21 @@ from erllama_core.errors import (
 )
 from erllama_core.host import PluginHost
 from erllama_core.interfaces.log import get_logger
-from erllama_core.interfaces.stream import StreamProcessor
 from erllama_core.model.loading import open_model
-from erllama_core.model.model import Model, ModelRef, PromptLike
-from erllama_core.model.options import RequestKwargs
+from erllama_core.model.model import Model, ModelRef, PromptLike, ReplySetup
+from erllama_core.model.options import ReplyKwargs, RequestKwargs
 from erllama_core.prompt import Prompt
-from erllama_core.providers import NoOptions
-from erllama_core.results import CacheHit, Completion, Explanation, ModelInfo, Phase
+from erllama_core.results import (
+    CacheHit,
+    CacheKey,
+    Completion,
+    Explanation,
+    ModelInfo,
+    Phase,
+    Prefill,
+)
+from erllama_core.signing import NoSignature
+from erllama_core.stream.pipeline import Stage
 from erllama_core.stream.stream import Stream
 
 log = get_logger("erllama.engine")
@@ -63,6 +73,7 @@ class Engine:
         problems = self._config.problems()
         if problems:
             raise ConfigError(problems)
+        self._signing_key: Final = read_signing_key(self._config.engine)
         self.plugins: Final = (
             PluginHost(allow=self._config.plugins.allow, block=self._config.plugins.block)
             if plugins is None
@@ -77,6 +88,8 @@ class Engine:
             writer_threads=settings.writer_threads,
             loader_threads=settings.loader_threads,
             marks_share=settings.marks_share,
+            read_timeout_s=settings.read_timeout_ms / 1000,
+            write_timeout_s=settings.write_timeout_ms / 1000,
         )
         self._lock: Final = threading.Lock()
         self._closing: Final = threading.Lock()
@@ -153,7 +166,7 @@ class Engine:
                 cache=self._cache,
                 tiers=self._usable_tiers(chosen),
                 policy=self._config.policy_for(chosen),
-                processors=self._processors,
+                reply=self._reply_setup(chosen),
             )
             model = Model(parts, self.unload)
             with self._lock:
@@ -176,8 +189,20 @@ class Engine:
         opened = self._cache.tier_names()
         return [name for name in config.tier if name in opened]
 
-    def _processors(self) -> Sequence[StreamProcessor]:
-        return [self.plugins.get("processor", "utf8").factory(NoOptions())]
+    def _reply_setup(self, config: ModelConfig) -> ReplySetup:
+        stages = []
+        for name in (*config.processors, "utf8"):
+            provider = self.plugins.get("processor", name)
+            options = config.processor_opts.get(name, {})
+            path = dotted("processor_opts", [name])
+            stages.append(Stage(provider, structure_options(provider.config, options, path)))
+        key = self._signing_key
+        return ReplySetup(
+            stages=tuple(stages),
+            thinking_markers=config.thinking_markers,
+            tool_call_markers=config.tool_call_markers,
+            begin_signature=NoSignature if key is None else key.begin,
+        )
 
     def model(self, model_id: str) -> Model:
         """The model loaded under an id. Raises ModelNotFound."""
@@ -209,6 +234,15 @@ class Engine:
         found = self._find(model)
         return 0 if found is None else found.pending_len()
 
+    def queue_depth(self, model: ModelRef | None = None) -> int:
+        """Streams of a model, or of all, that have not ended; 0 for an unknown one."""
+        if model is not None:
+            found = self._find(model)
+            return 0 if found is None else found.queue_depth()
+        with self._lock:
+            loaded = list(self._models.values())
+        return sum(one.queue_depth() for one in loaded)
+
     def last_cache_hit(self, model: ModelRef) -> CacheHit | None:
         """What the request found that a model admitted last; None before, or if unknown."""
         found = self._find(model)
@@ -235,6 +269,43 @@ class Engine:
     ) -> Stream:
         """See :meth:`Model.infer`."""
         return self._resolve(model).infer(prompt, **options)
+
+    def prefill_only(
+        self,
+        model: ModelRef,
+        prompt: PromptLike,
+        *,
+        parent_key: CacheKey | None = None,
+        cache_salt: str | None = None,
+    ) -> Prefill:
+        """See :meth:`Model.prefill_only`."""
+        return self._resolve(model).prefill_only(
+            prompt, parent_key=parent_key, cache_salt=cache_salt
+        )
+
+    def continue_session(
+        self,
+        model: ModelRef,
+        suffix_tokens: Sequence[int],
+        *,
+        session_id: Hashable,
+        expect_committed: Sequence[int] | None = None,
+        **options: Unpack[ReplyKwargs],
+    ) -> Stream:
+        """See :meth:`Model.continue_session`."""
+        return self._resolve(model).continue_session(
+            suffix_tokens, session_id=session_id, expect_committed=expect_committed, **options
+        )
+
+    def end_session(self, model: ModelRef, session_id: Hashable) -> None:
+        """See :meth:`Model.end_session`; an unknown model is a no-op too."""
+        found = self._find(model)
+        if found is not None:
+            found.end_session(session_id)
+
+    def reset_session(self, model: ModelRef, session_id: Hashable) -> bool:
+        """See :meth:`Model.reset_session`."""
+        return self._resolve(model).reset_session(session_id)
 
     def why(
         self, model: ModelRef, prompt: PromptLike, *, cache_salt: str | None = None
@@ -279,6 +350,10 @@ class Engine:
             add_generation_prompt=add_generation_prompt,
             **variables,
         )
+
+    def verify_thinking(self, thinking: str | bytes, signature: bytes) -> bool:
+        """Whether an engine with this one's key signed this thinking; False without a key."""
+        return self._signing_key is not None and self._signing_key.verify(thinking, signature)
 
     def embed(self, model: ModelRef, prompt: PromptLike) -> list[float]:
         """See :meth:`Model.embed`."""

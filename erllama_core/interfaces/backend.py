@@ -44,6 +44,12 @@ class ContextOptions:
     flash_attn: Literal["auto"] | bool = "auto"
     type_k: str = "f16"
     type_v: str = "f16"
+    decode_budget_ms: int = 30_000
+    """A step that takes longer is aborted, and its requests end with DecodeTimeout; one that does
+    not even end then is left behind with its context. 0: steps may take any time."""
+    resident_cells_max: int | None = None
+    """Cells that finished contexts may hold on to, beside those of sessions. None: an eighth of
+    unified cells, as every cell that is in use slows all replies down; all separate ones."""
 
 
 @attrs.frozen(kw_only=True)
@@ -168,8 +174,11 @@ class Sampler(Protocol):
     Made on any thread, used by the worker alone.
     """
 
-    def sample_mark(self, mark: Mark) -> int:
-        """Draw the next token from stored logits and take note of it."""
+    def sample_mark(self, mark: Mark, *, greedy: bool = False) -> int:
+        """Draw the next token from stored logits and take note of it.
+
+        ``greedy``: see :meth:`Context.sample`.
+        """
         ...
 
     def close(self) -> None:
@@ -204,6 +213,16 @@ class Row:
 
 
 @attrs.frozen(slots=True)
+class RangeExport:
+    """A range on its way out of a sequence: where the state of tokens [start, end) goes."""
+
+    start: int
+    end: int
+    into: memoryview
+    """Writable, of exactly ``range_bytes(seq, start, end)`` bytes."""
+
+
+@attrs.frozen(slots=True)
 class RangeImport:
     """A stored range on its way into a sequence: cells [start, stop) of block [start, end)."""
 
@@ -211,7 +230,7 @@ class RangeImport:
     end: int
     stop: int
     data: memoryview
-    """The bytes that ``export_range(seq, start, end)`` gave."""
+    """The bytes that an export of [start, end) gave."""
 
 
 class Context(Protocol):
@@ -245,22 +264,41 @@ class Context(Protocol):
         """The longest range that may be exported and restored; None: any."""
         ...
 
-    def step(self, rows: Sequence[Row]) -> None:
-        """Compute all rows in one native call; each sequence appears at most once.
+    @property
+    def exports_whole(self) -> bool:
+        """Whether exporting any range costs as much as exporting the whole sequence.
 
-        Raises DecodeFailed; the sequences of ``rows`` must then be dropped.
+        Then ranges are best exported together, and seldom.
         """
         ...
 
-    def sample(self, row: int, sampler: Sampler) -> int:
+    def step(self, rows: Sequence[Row]) -> None:
+        """Compute all rows in one native call; each sequence appears at most once.
+
+        Raises DecodeFailed, as DecodeAborted after :meth:`abort`. Each sequence of ``rows``
+        then stands where it stood before, or, where that cannot be, is empty: see
+        :meth:`length`.
+        """
+        ...
+
+    def abort(self) -> None:
+        """End the step that is running, soon. Any thread; no effect while none runs."""
+        ...
+
+    def sample(self, row: int, sampler: Sampler, *, greedy: bool = False) -> int:
         """Draw a token from the logits of the last step's row number ``row``.
 
-        The row must have asked for logits. The sampler takes note of the token.
+        The row must have asked for logits. The sampler takes note of the token. ``greedy``:
+        take the largest logit after penalties this time, and use up nothing of the seed.
         """
         ...
 
     def mark(self, row: int, size: int | None) -> Mark:
         """The ``size`` largest logits of the last step's row (None: all of them)."""
+        ...
+
+    def length(self, seq: int) -> int:
+        """Tokens of the sequence; 0 also for one that must be dropped."""
         ...
 
     def drop(self, seq: int) -> None:
@@ -271,14 +309,23 @@ class Context(Protocol):
         """Keep the first ``length`` tokens; False, and nothing changed, when it cannot."""
         ...
 
-    def range_bytes(self, seq: int, start: int, end: int) -> int:
-        """The size that ``export_range`` needs. SPAN and CHECKPOINT."""
+    def share(self, source: int, target: int, length: int) -> bool:
+        """Give the empty sequence ``target`` the first ``length`` tokens of ``source``.
+
+        With unified cells both have the same cells, so that it costs next to nothing; with
+        separate ones they are copied. Only a SPAN sequence can be shared in part. False, and
+        nothing changed, when it cannot be done.
+        """
         ...
 
-    def export_range(self, seq: int, start: int, end: int, into: memoryview) -> None:
-        """Copy the state of the tokens [start, end) out. SPAN and CHECKPOINT.
+    def range_bytes(self, seq: int, start: int, end: int) -> int:
+        """The size of an exported range. SPAN and CHECKPOINT."""
+        ...
 
-        ``into`` has exactly ``range_bytes`` bytes. Raises StateRejected.
+    def export_ranges(self, seq: int, ranges: Sequence[RangeExport]) -> None:
+        """Copy the state of ranges of tokens out. SPAN and CHECKPOINT.
+
+        Raises StateRejected; what was copied until then is worth nothing.
         """
         ...
 
@@ -310,6 +357,29 @@ class Context(Protocol):
 
     def close(self) -> None:
         """Free it. Idempotent."""
+        ...
+
+
+@attrs.frozen(kw_only=True)
+class CostPrior:
+    """What a context is expected to take, until it was measured; a rough guess will do."""
+
+    compute_s_per_token: float = attrs.field(validator=attrs.validators.ge(0.0))
+    """Computing a token of a long prompt."""
+    import_s_per_byte: float = attrs.field(validator=attrs.validators.ge(0.0))
+    """Copying stored state into the context."""
+
+
+@runtime_checkable
+class DeclaresCosts(Protocol):
+    """Optional ability of a Context: a guess of its costs.
+
+    Without one, whatever is stored is restored, even where computing it would be sooner.
+    """
+
+    @property
+    def cost_prior(self) -> CostPrior | None:
+        """None: not known, which is as if the context could not tell."""
         ...
 
 
@@ -359,9 +429,10 @@ class BackendModel(Protocol):
         ...
 
     def open_context(self) -> Context:
-        """The context, as ``BackendRequest.context`` described it. Called once, on the worker.
+        """The context, as ``BackendRequest.context`` described it. Called on the worker.
 
-        Raises ModelLoadError.
+        Called again, on another thread, when a call in the context before did not come back; that
+        one may come back, and be closed, later. Raises ModelLoadError.
         """
         ...
 

@@ -159,3 +159,26 @@ class RecordsPins(Protocol):
     def pins(self) -> Iterable[bytes]:
         """Every recorded pin, whoever recorded it. May block. Raises TierError."""
         ...
+
+
+@runtime_checkable
+class MakesDurable(Protocol):
+    """Optional ability of a tier that outlives this process: make durable what it has stored.
+
+    ``put`` with ``durable=True`` is for what is known to matter when it is stored. This is
+    for what turns out to matter later: the beginning of a context that was finished.
+    """
+
+    @property
+    def outlives_power(self) -> bool:
+        """Whether a power cut leaves what was made durable. False: it is gone by a restart of
+        the machine, as on a tmpfs, and what should last is stored in another tier as well.
+        """
+        ...
+
+    def make_durable(self, object_ids: Sequence[ObjectId]) -> None:
+        """Return when a power cut cannot lose these objects; those that are gone are skipped.
+
+        May block. Raises TierError.
+        """
+        ...

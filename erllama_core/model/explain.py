@@ -10,10 +10,11 @@ from erllama_core.cache.keys import ContextKeys
 from erllama_core.cache.lookup import Divergence, Match
 from erllama_core.cache.space import ModelSpace
 from erllama_core.interfaces.backend import KVClass, Vocabulary
-from erllama_core.results import Explanation, HitKind
+from erllama_core.results import Explanation, GateEstimate, HitKind
 
 _AROUND: Final = 12
 """Tokens of text that are shown on either side of a divergence."""
+_RESPELT: Final = "; they were found by their text, and stand for other tokens of the prompt"
 
 
 @attrs.frozen
@@ -26,16 +27,23 @@ class Finding:
     divergence: Divergence
     prompt_around: bytes
     """Packed prompt tokens around the divergence."""
+    respelt: bool = False
+    """The prompt was found by its text; ``n_tokens`` are those of the stored context's."""
     obstacle: str | None = None
     """Why what was found was not used, when it was not."""
+    gate: GateEstimate | None = None
+    """What the cost gate made of it, where it had a say."""
 
 
-def examine(space: ModelSpace, keys: ContextKeys, match: Match) -> Finding:
+def examine(
+    space: ModelSpace, keys: ContextKeys, match: Match, *, respelt: bool = False
+) -> Finding:
     """What a look-up found of a prompt. Thread-safe."""
     n = len(keys)
     stored = max(match.covered, match.length)
     around = keys.slice(max(0, stored - _AROUND), min(n, stored + _AROUND))
-    return Finding(n, stored, match.length, space.divergence(keys, stored), around)
+    divergence = space.divergence(keys, stored)
+    return Finding(n, stored, match.length, divergence, around, respelt=respelt)
 
 
 def explain(
@@ -48,6 +56,7 @@ def explain(
     tiers: tuple[str, ...] = (),
     restored_bytes: int = 0,
     restore_s: float = 0.0,
+    saving: str | None = None,
 ) -> Explanation:
     """A finding, and what came of it, for a person."""
 
@@ -66,7 +75,9 @@ def explain(
         diverges_at=None if whole else finding.stored_tokens,
         prompt_text=text(finding.prompt_around),
         stored_text=text(stored_next) if stored_next else None,
-        reason=_reason(finding, kv_class, reused_tokens),
+        reason=_reason(finding, kv_class, reused_tokens) + (_RESPELT if finding.respelt else ""),
+        gate=finding.gate,
+        saving=saving,
     )
 
 
@@ -74,6 +85,13 @@ def _reason(finding: Finding, kv_class: KVClass, reused: int) -> str:
     n, stored = finding.n_tokens, finding.stored_tokens
     if finding.obstacle is not None:
         return finding.obstacle
+    gate = finding.gate
+    if gate is not None and gate.withheld_tokens:
+        return (
+            f"the cost gate: {gate.withheld_tokens} tokens that are stored are computed, which is "
+            f"expected to take {gate.compute_s:.3g} s, where restoring them would take "
+            f"{gate.restore_s:.3g} s"
+        )
     if reused == n:
         return f"all {n} tokens and the logits after them are stored"
     if kv_class is not KVClass.SPAN:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from erllama_core.cache.anchors import Rendering
 from erllama_core.cache.cache import Cache
+from erllama_core.cache.gate import CostGate
 from erllama_core.cache.keys import digest_fields
 from erllama_core.cache.policy import SavePolicy
 from erllama_core.cache.space import ModelSpace
@@ -16,17 +18,18 @@ from erllama_core.interfaces.backend import (
     BackendModel,
     BackendRequest,
     Context,
+    DeclaresCosts,
     Quantisation,
+    Vocabulary,
 )
-from erllama_core.interfaces.stream import StreamProcessor
 from erllama_core.model.fingerprint import (
     chunked_fingerprint,
     combined,
     file_fingerprint,
     weights_files,
 )
-from erllama_core.model.model import ModelParts
-from erllama_core.model.worker import Worker
+from erllama_core.model.model import ModelParts, ReplySetup
+from erllama_core.model.worker import Worker, WorkerOptions
 from erllama_core.providers import BackendProvider
 
 NO_FILE: Final = bytes(32)
@@ -42,7 +45,7 @@ def open_model(
     cache: Cache,
     tiers: Sequence[str],
     policy: SavePolicy,
-    processors: Callable[[], Sequence[StreamProcessor]],
+    reply: ReplySetup,
 ) -> ModelParts:
     """Load the weights, open the context on a worker of its own, and join it to the cache.
 
@@ -59,6 +62,7 @@ def open_model(
         if _file_state(path) != before:
             raise ModelLoadError(f"the model file {path} was changed while it was loaded")
         quantisation = _quantisation(config, backend)
+        rendering = _rendering(backend.vocabulary)
     except BaseException:
         backend.close()
         raise
@@ -86,9 +90,23 @@ def open_model(
             kv_class=context.kv_class,
             tiers=tiers,
             align_tokens=longest,
+            rendering=rendering,
+            gate=_gate(context, policy, cache),
+            write=policy.write,
+            promote=policy.promote,
         )
 
-    worker = Worker(model_id, backend, open_space, policy)
+    chosen = config.context_opts
+    worker = Worker(
+        model_id,
+        backend,
+        open_space,
+        WorkerOptions(
+            policy=policy,
+            decode_budget_ms=chosen.decode_budget_ms,
+            resident_cells_max=chosen.resident_cells_max,
+        ),
+    )
     try:
         context = _start(worker, provider)
         context_size = _context_size(config, context)
@@ -106,8 +124,15 @@ def open_model(
         quantisation=quantisation,
         tiers=tuple(tiers),
         chat_template=config.chat_template or backend.chat_template,
-        processors=processors,
+        reply=reply,
     )
+
+
+def _gate(context: Context, policy: SavePolicy, cache: Cache) -> CostGate | None:
+    if policy.cost_gate == "off" or not isinstance(context, DeclaresCosts):
+        return None
+    prior = context.cost_prior
+    return None if prior is None else CostGate(prior, cache.loader_threads)
 
 
 def _model_file(path: Path) -> Path:
@@ -174,6 +199,11 @@ def _quantisation(config: ModelConfig, backend: BackendModel) -> Quantisation:
     if config.quant_bits is not None and config.quant_bits != found.bits:
         raise _problem("quant_bits", f"the weights have {found.bits} bits, not {config.quant_bits}")
     return found
+
+
+def _rendering(vocabulary: Vocabulary) -> Rendering:
+    pieces = map(vocabulary.piece, range(vocabulary.n_tokens))
+    return Rendering.of(pieces, vocabulary.control_tokens)
 
 
 def _context_size(config: ModelConfig, context: Context) -> int:

@@ -2,30 +2,57 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Final, Unpack
 
 import attrs
 
-from erllama_core.errors import EngineClosed, InvalidPrompt, NotSupported, PromptTooLong
+from erllama_core.errors import (
+    EngineClosed,
+    InvalidPrompt,
+    NoSession,
+    NotSupported,
+    PromptTooLong,
+)
 from erllama_core.interfaces.backend import BackendModel, Context, Embeds, Quantisation
-from erllama_core.interfaces.stream import StreamProcessor
+from erllama_core.interfaces.markers import ThinkingMarkers, ToolCallMarkers
+from erllama_core.interfaces.stream import ProcessorRequest, RunningSignature
 from erllama_core.model.chat import render_chat
 from erllama_core.model.explain import explain
-from erllama_core.model.options import RequestKwargs, RequestOptions
+from erllama_core.model.options import ReplyKwargs, RequestKwargs, RequestOptions
 from erllama_core.model.request import Request
 from erllama_core.model.worker import Worker
 from erllama_core.prompt import Prompt, pack
-from erllama_core.results import CacheHit, Completion, Explanation, HitKind, ModelInfo, Phase
-from erllama_core.stream.pipeline import Pipeline
+from erllama_core.results import (
+    CacheHit,
+    CacheKey,
+    Completion,
+    Explanation,
+    HitKind,
+    ModelInfo,
+    Phase,
+    Prefill,
+)
+from erllama_core.stream.pipeline import Pipeline, Stage
 from erllama_core.stream.stream import Stream
 
 PromptLike = str | Prompt | Sequence[int]
 """Text, or token ids. Always the full context."""
 
 _request_ids = itertools.count(1)
+
+
+@attrs.frozen(kw_only=True)
+class ReplySetup:
+    """What a model's replies pass on their way out."""
+
+    stages: tuple[Stage, ...]
+    thinking_markers: ThinkingMarkers | None
+    tool_call_markers: ToolCallMarkers | None
+    begin_signature: Callable[[], RunningSignature]
 
 
 @attrs.frozen(kw_only=True)
@@ -43,8 +70,7 @@ class ModelParts:
     quantisation: Quantisation
     tiers: tuple[str, ...]
     chat_template: str | None
-    processors: Callable[[], Sequence[StreamProcessor]]
-    """New ones for each request."""
+    reply: ReplySetup
 
 
 class Model:
@@ -67,34 +93,148 @@ class Model:
     def complete(self, prompt: PromptLike, **options: Unpack[RequestKwargs]) -> Completion:
         """Generate a reply and wait for all of it.
 
-        Raises InvalidPrompt, PromptTooLong, EngineError, EngineClosed; TypeError and
-        ValueError for the options.
+        Raises InvalidPrompt, PromptTooLong, SeqCapacity, StickyBusy, TimeoutExceeded,
+        EngineError, EngineClosed; TypeError and ValueError for the options.
         """
-        return self.infer(prompt, **options).result()
+        self._check_open()
+        chosen = RequestOptions.of(options)
+        return self._stream(self._request(self._as_prompt(prompt, chosen), chosen)).result()
 
     def infer(self, prompt: PromptLike, **options: Unpack[RequestKwargs]) -> Stream:
         """Start generating; events come as the reply grows. Raises as :meth:`complete`."""
         self._check_open()
         chosen = RequestOptions.of(options)
         whole = self._as_prompt(prompt, chosen)
-        room = self._parts.context_size - len(whole)
-        if room < 1:
-            raise PromptTooLong(len(whole), self._parts.context_size)
-        request = Request(
-            next(_request_ids),
-            whole,
-            chosen,
-            max_generated=min(chosen.response_tokens or room, room),
-            sampler=self._backend.new_sampler(chosen.sampling(), whole.packed),
-            pipeline=Pipeline(self._backend.vocabulary, self._parts.processors()),
+        return self._stream(self._request(whole, chosen, is_streamed=True))
+
+    def prefill_only(
+        self,
+        prompt: PromptLike,
+        *,
+        parent_key: CacheKey | None = None,
+        cache_salt: str | None = None,
+    ) -> Prefill:
+        """Compute a prompt and save it, without a reply; waits until it is computed.
+
+        Raises InvalidPrompt, PromptTooLong, EngineError, EngineClosed.
+        """
+        self._check_open()
+        chosen = RequestOptions(parent_key=parent_key, cache_salt=cache_salt)
+        request = self._request(self._as_prompt(prompt, chosen), chosen, generates=False)
+        stats = self._stream(request).result().stats
+        return Prefill(
+            finish_key=stats.finish_key,
+            committed_tokens=stats.committed_tokens,
+            cache_hit_kind=stats.cache_hit_kind,
+            cache_delta=stats.cache_delta,
         )
+
+    # ---------------------------------------------------------------- sessions
+
+    def continue_session(
+        self,
+        suffix_tokens: Sequence[int],
+        *,
+        session_id: Hashable,
+        expect_committed: Sequence[int] | None = None,
+        **options: Unpack[ReplyKwargs],
+    ) -> Stream:
+        """Go on from what a session holds, with more tokens or none, whatever they are.
+
+        The caller vouches for them: nothing is rendered, tokenised or compared.
+        ``expect_committed``: the token ids that the caller believes the session holds. Raises
+        NoSession, StickyBusy, TranscriptMismatch, and as :meth:`infer`.
+        """
+        self._check_open()
+        chosen = RequestOptions.of(RequestKwargs(**options, session_id=session_id))
+        expected = None if expect_committed is None else self._packed(expect_committed)
+        stored, salt = self._worker.transcript(session_id, expected)
+        if chosen.cache_salt not in {None, salt}:
+            raise NoSession(f"session {session_id!r} has another cache_salt; give a whole prompt")
+        whole = self._checked(Prompt.from_packed(stored + self._packed(suffix_tokens)))
+        # Look-up by content finds what the session has lost; a hint would not help it.
+        chosen = attrs.evolve(chosen, cache_salt=salt, parent_key=None)
+        request = self._request(whole, chosen, continues=True, is_streamed=True)
+        return self._stream(request, goes_on_from=stored)
+
+    def end_session(self, session_id: Hashable) -> None:
+        """Forget a session. Idempotent, unknown is a no-op; a turn that runs ends as usual."""
+        self._worker.end_session(session_id)
+
+    def reset_session(self, session_id: Hashable) -> bool:
+        """Forget a session and drop its state; a turn that runs ends with EngineReset.
+
+        False for an unknown session.
+        """
+        self._check_open()
+        return self._worker.reset_session(session_id)
+
+    # ------------------------------------------------------------------- inside
+
+    def _request(
+        self,
+        prompt: Prompt,
+        options: RequestOptions,
+        *,
+        generates: bool = True,
+        continues: bool = False,
+        is_streamed: bool = False,
+    ) -> Request:
+        limit = self._parts.context_size
+        if len(prompt) >= limit + (not generates):
+            raise PromptTooLong(len(prompt), limit)
+        pipeline = self._pipeline(prompt, options)
+        return Request(
+            next(_request_ids),
+            prompt,
+            options,
+            context_size=limit,
+            sampler=self._backend.new_sampler(options.sampling(), prompt.packed),
+            pipeline=pipeline,
+            generates=generates,
+            continues=continues,
+            is_streamed=is_streamed,
+        )
+
+    def _stream(self, request: Request, goes_on_from: bytes | None = None) -> Stream:
+        worker = self._worker
         try:
-            self._worker.submit(request)
-        except EngineClosed:
+            worker.submit(request, goes_on_from)
+        except BaseException:
             request.sampler.close()
             raise
-        worker = self._worker
-        return Stream(request.id, whole, request.mailbox, lambda: worker.cancel(request))
+        return Stream(
+            request.id,
+            request.mailbox,
+            cancel=lambda: worker.cancel(request),
+            context_tokens=lambda: request.context_tokens,
+        )
+
+    def _pipeline(self, prompt: Prompt, options: RequestOptions) -> Pipeline:
+        setup = self._parts.reply
+        if options.stop_sequences and not any(
+            stage.provider.name == "stop_sequences" for stage in setup.stages
+        ):
+            raise NotSupported(
+                f"model {self.id!r} does not look for stop sequences; its processors have no "
+                "'stop_sequences'"
+            )
+        budget = options.thinking_budget_tokens
+        return Pipeline(
+            self._backend.vocabulary,
+            setup.stages,
+            functools.partial(
+                ProcessorRequest,
+                vocabulary=self._backend.vocabulary,
+                prompt=prompt,
+                stop_sequences=options.stop_sequences,
+                thinking=options.thinking,
+                thinking_budget_tokens=None if budget is None or budget <= 0 else budget,
+                thinking_markers=setup.thinking_markers,
+                tool_call_markers=setup.tool_call_markers,
+                begin_signature=setup.begin_signature,
+            ),
+        )
 
     def why(self, prompt: PromptLike, *, cache_salt: str | None = None) -> Explanation:
         """What a greedy request with this prompt would reuse now, and why not more.
@@ -105,8 +245,17 @@ class Model:
         whole = self._as_prompt(prompt, RequestOptions(cache_salt=cache_salt))
         finding, kv_class = self._worker.examine(whole, cache_salt)
         reused = finding.reusable_tokens
+        if finding.gate is not None:
+            reused -= finding.gate.withheld_tokens
         kind: HitKind = "cold" if not reused else "exact" if reused == len(whole) else "partial"
-        return explain(finding, self._backend.vocabulary, kv_class, kind=kind, reused_tokens=reused)
+        return explain(
+            finding,
+            self._backend.vocabulary,
+            kv_class,
+            kind=kind,
+            reused_tokens=reused,
+            saving=self._worker.shortfall(len(whole)),
+        )
 
     # ----------------------------------------------------------- text and tokens
 
@@ -182,6 +331,10 @@ class Model:
             n_ctx=context.n_ctx,
             n_seq_max=context.n_seq_max,
             available_seqs=self._worker.available_seqs,
+            pinned_idle_seqs=self._worker.pinned_idle_seqs,
+            prefill_tokens_per_s=self._worker.rates[0],
+            decode_tokens_per_s=self._worker.rates[1],
+            preemptions=self._worker.preemptions,
             kv_class=context.kv_class.value,
             n_vocab=parts.backend.vocabulary.n_tokens,
             fingerprint=parts.fingerprint.hex(),
@@ -197,6 +350,10 @@ class Model:
     def pending_len(self) -> int:
         """Requests that wait for a sequence, without waiting for the worker."""
         return self._worker.pending_len
+
+    def queue_depth(self) -> int:
+        """Streams that have not ended, without waiting for the worker."""
+        return self._worker.queue_depth
 
     def last_cache_hit(self) -> CacheHit | None:
         """What the request admitted last found; None before the first."""
@@ -231,15 +388,17 @@ class Model:
             )
         return self._checked(prompt)
 
+    @staticmethod
+    def _packed(tokens: Sequence[int]) -> bytes:
+        try:
+            return tokens.packed if isinstance(tokens, Prompt) else pack(tokens)
+        except ValueError as error:
+            raise InvalidPrompt(f"not a prompt: {error}") from error
+
     def _checked(self, tokens: Sequence[int]) -> Prompt:
         """Tokens that the vocabulary has: no others reach a backend."""
-        if isinstance(tokens, Prompt):
-            prompt = tokens
-        else:
-            try:
-                prompt = Prompt.from_packed(pack(tokens))
-            except ValueError as error:
-                raise InvalidPrompt(f"not a prompt: {error}") from error
+        packed = self._packed(tokens)
+        prompt = tokens if isinstance(tokens, Prompt) else Prompt.from_packed(packed)
         if not len(prompt):
             raise InvalidPrompt("the prompt has no tokens")
         largest = max(memoryview(prompt.packed).cast("I"))

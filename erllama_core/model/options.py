@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Final, TypedDict
+from collections.abc import Hashable, Sequence
+from typing import Any, Final, Literal, TypedDict
 
 import attrs
 
@@ -30,14 +31,45 @@ _RULES: Final[dict[str, tuple[type, bool, float, float]]] = {
     "seed": (int, True, 0, (1 << 32) - 1),
     "cache_salt": (str, True, 0, 0),
     "parent_key": (bytes, True, 0, 0),
+    "thinking": (bool, False, 0, 1),
+    "thinking_budget_tokens": (int, True, -math.inf, math.inf),
+    "timeout_s": (float, True, 0, math.inf),
     "explain": (bool, False, 0, 1),
     "parse_special": (bool, False, 0, 1),
     "add_bos": (bool, True, 0, 1),
 }
 
+_MOST_STOP_BYTES: Final = 1 << 14
+"""Of all stop sequences together; looking for them takes a node for each."""
 
-class RequestKwargs(TypedDict, total=False):
-    """The options of ``complete`` and ``infer``, as keyword arguments."""
+
+def _stop_sequences(given: object) -> tuple[str, ...]:
+    if given is None:
+        return ()
+    if not isinstance(given, Sequence) or isinstance(given, str | bytes | bytearray):
+        raise TypeError(f"stop_sequences={given!r}: a list of strings is needed")
+    n_bytes = 0
+    for number, text in enumerate(given):
+        if not isinstance(text, str):
+            raise TypeError(f"stop_sequences[{number}]={text!r}: a string is needed")
+        if not text:
+            raise ValueError(f"stop_sequences[{number}] is empty, and would end every reply")
+        try:
+            n_bytes += len(text.encode())
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"stop_sequences[{number}] is not valid Unicode: a lone surrogate at index "
+                f"{error.start}"
+            ) from error
+    if n_bytes > _MOST_STOP_BYTES:
+        raise ValueError(
+            f"stop_sequences have {n_bytes} bytes together; {_MOST_STOP_BYTES} is the limit"
+        )
+    return tuple(given)
+
+
+class ReplyKwargs(TypedDict, total=False):
+    """The options of ``continue_session``, as keyword arguments."""
 
     response_tokens: int | None
     temperature: float | None
@@ -46,11 +78,22 @@ class RequestKwargs(TypedDict, total=False):
     min_p: float
     repetition_penalty: float
     seed: int | None
+    stop_sequences: Sequence[str] | None
+    thinking: bool
+    thinking_budget_tokens: int | None
     parent_key: CacheKey | None
     cache_salt: str | None
+    on_full: Literal["block", "error"]
+    timeout_s: float | None
     explain: bool
     parse_special: bool
     add_bos: bool | None
+
+
+class RequestKwargs(ReplyKwargs, total=False):
+    """The options of ``complete`` and ``infer``, as keyword arguments."""
+
+    session_id: Hashable | None
 
 
 @attrs.frozen(kw_only=True)
@@ -58,11 +101,7 @@ class RequestOptions:
     """One request's options, with their defaults. Raises TypeError, ValueError for wrong values."""
 
     response_tokens: int | None = None
-    """Tokens to generate at most. None: to the end of the context.
-
-    With unified cells a request sets aside the cells that it may need. One that may need all
-    of them runs alone: give a number where requests are to run together.
-    """
+    """Tokens to generate at most. None: to the end of the context."""
     temperature: float | None = None
     """None or 0: greedy."""
     top_k: int = 40
@@ -72,10 +111,22 @@ class RequestOptions:
     repetition_penalty: float = 1.0
     seed: int | None = None
     """None: 0. Equal seeds give equal draws."""
+    stop_sequences: tuple[str, ...] = attrs.field(default=(), converter=_stop_sequences)
+    """Texts that end the reply where the first of them begins."""
+    thinking: bool = False
+    """Make events of what is between the model's ``thinking_markers``."""
+    thinking_budget_tokens: int | None = None
+    """With thinking: deliver this many deltas of it at most. None, 0 or less: any number."""
     parent_key: CacheKey | None = None
     """``finish_key`` of the turn before: a hint. Content decides what is reused."""
     cache_salt: str | None = None
     """Requests share stored state only with those of the same salt."""
+    session_id: Hashable | None = None
+    """Keep the context at hand under this name, and go on from it when the prompt does."""
+    on_full: Literal["block", "error"] = "block"
+    """When all sequences are in use: wait for one, or raise SeqCapacity."""
+    timeout_s: float | None = None
+    """Seconds from the call until the request is ended with TimeoutExceeded. None: no limit."""
     explain: bool = False
     """Have ``Stats.explain`` say what was reused, and why not more."""
     parse_special: bool = True
@@ -95,6 +146,14 @@ class RequestOptions:
             if not math.isfinite(value) or not least <= value <= most:
                 bound = f"from {least} to {most}" if most < math.inf else f"at least {least}"
                 raise ValueError(f"{name}={value!r}: a value {bound} is needed")
+        if self.on_full not in {"block", "error"}:
+            raise ValueError(f"on_full={self.on_full!r}: 'block' or 'error' is needed")
+        try:
+            hash(self.session_id)
+        except TypeError as error:
+            raise TypeError(
+                f"session_id={self.session_id!r}: a hashable value is needed"
+            ) from error
         if self.repetition_penalty == 0:
             raise ValueError("repetition_penalty=0: a value above 0 is needed; 1.0 is none")
 

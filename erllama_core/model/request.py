@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import time
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from erllama_core.cache.keys import ContextKeys
 from erllama_core.interfaces.backend import Sampler
@@ -12,17 +12,22 @@ from erllama_core.interfaces.block import TOKEN_BYTES
 from erllama_core.interfaces.stream import Done, Event
 from erllama_core.model.explain import Finding
 from erllama_core.model.options import RequestOptions
-from erllama_core.prompt import Prompt
+from erllama_core.prompt import Prompt, unpack
 from erllama_core.results import (
     CacheDelta,
     CacheKey,
     Explanation,
     FinishReason,
+    GateEstimate,
     HitKind,
     Stats,
 )
 from erllama_core.stream.mailbox import Mailbox
 from erllama_core.stream.pipeline import Pipeline
+
+if TYPE_CHECKING:
+    from erllama_core.model.sequences import LiveSequence
+    from erllama_core.model.session import Session
 
 
 class Phase(enum.Enum):
@@ -31,6 +36,8 @@ class Phase(enum.Enum):
     QUEUED = enum.auto()
     LOADING = enum.auto()
     """It has a sequence, and waits for stored state to be read."""
+    FOLLOWING = enum.auto()
+    """It has a sequence, and waits for another request to compute what both begin with."""
     PREFILLING = enum.auto()
     GENERATING = enum.auto()
     CLOSING = enum.auto()
@@ -47,36 +54,65 @@ class Request:
         prompt: Prompt,
         options: RequestOptions,
         *,
-        max_generated: int,
+        context_size: int,
         sampler: Sampler,
         pipeline: Pipeline,
+        generates: bool = True,
+        continues: bool = False,
+        is_streamed: bool = False,
     ) -> None:
         self.id: Final = request_id
         self.options: Final = options
-        self.prompt_tokens: Final = len(prompt)
-        self.max_generated: Final = max_generated
-        self.sampler: Final = sampler
+        self.prompt_tokens = len(prompt)
+        self.may_respell: Final = prompt.text is not None
+        """Whether its text is what was meant, so that other tokens of that text do as well."""
+        self.respelt = False
+        """It goes on with other tokens of its text."""
+        self.context_size: Final = context_size
+        self.generates: Final = generates
+        """Whether it wants a reply, and not only its prompt computed."""
+        self.continues: Final = continues
+        """It was given as a session's tokens and more, not as a prompt of its own."""
+        self.is_streamed: Final = is_streamed
+        self.max_generated = self._room(self.prompt_tokens)
+        self.sampler = sampler
         self.pipeline: Final = pipeline
         self.mailbox: Final[Mailbox[Event | Exception]] = Mailbox()
         self.tokens = bytearray(prompt.packed)
         """The context, packed: prompt and reply."""
         self.generated: Final[list[int]] = []
         self.keys: ContextKeys | None = None
-        """Made by the worker, which knows the namespace."""
+        """Made when the request is submitted to a worker, which knows the namespace."""
         self.phase = Phase.QUEUED
         self.cancelled = False
-        self.seq = -1
+        self.session: Session | None = None
+        self.live: LiveSequence | None = None
+        self.order = 0
+        """By when it was first given a sequence: the least one is never preempted."""
+        self.was_preempted = False
+        """It had a sequence before, and lost it to others."""
+        self.sticks = False
+        """It goes on in the very cells of its session's last turn."""
+        self.leader: Request | None = None
+        """Who computes the first ``follow_until`` tokens for it."""
+        self.follow_until = 0
+        self.stops: Final[set[int]] = set()
+        """Positions at which slices of its prompt end, as others go on from there."""
         self.computed = 0
         """Tokens whose state the sequence holds."""
         self.saved = 0
         """Tokens whose state is stored, counted from the start without a gap."""
         self.tried = 0
         """Tokens up to which a save was tried last, while the reply grows."""
+        self.drops = 0
+        """Saves that found no room."""
         self.is_last_save = False
         """The worker is closing: what is saved now is saved whatever is on its way."""
         self.read = 0
         """Tokens that were restored."""
         self.restored_bytes = 0
+        self.gate: GateEstimate | None = None
+        """What the cost gate made of the state that was found, where it had a say."""
         self.finding: Finding | None = None
         """What the look-up found, for a request that asks why."""
         self.sources: tuple[str, ...] = ()
@@ -85,6 +121,8 @@ class Request:
         """Fetches that failed."""
         now = time.perf_counter()
         self.submitted_at: Final = now
+        timeout = options.timeout_s
+        self.deadline: Final = None if timeout is None else now + timeout
         self.admitted_at = now
         self.prefill_at = now
         self.first_token_at: float | None = None
@@ -96,17 +134,60 @@ class Request:
         """The longest that the context can become: the cells that it needs."""
         return self.prompt_tokens + self.max_generated
 
+    def _room(self, prompt_tokens: int) -> int:
+        """Tokens that may be generated after so long a prompt."""
+        room = self.context_size - prompt_tokens
+        return min(self.options.response_tokens or room, room) if self.generates else 0
+
+    def max_tokens_after(self, prompt_tokens: int) -> int | None:
+        """What ``max_tokens`` is for a prompt of another length; None when that is too long."""
+        room = self._room(prompt_tokens)
+        least = 1 if self.generates else 0
+        return prompt_tokens + room if room >= least else None
+
+    def respell(self, tokens: bytes, keys: ContextKeys, sampler: Sampler | None) -> None:
+        """Go on with other tokens of the same text; nothing was computed yet."""
+        self.tokens[:] = tokens
+        self.prompt_tokens = len(tokens) // TOKEN_BYTES
+        self.max_generated = self._room(self.prompt_tokens)
+        self.keys = keys
+        if sampler is not None:
+            self.sampler.close()
+            self.sampler = sampler
+
+    @property
+    def context_tokens(self) -> tuple[int, ...]:
+        """The context as the model sees it: the prompt's tokens, and the reply's."""
+        return tuple(unpack(bytes(self.tokens)))
+
     @property
     def length(self) -> int:
         """Tokens of the context so far."""
         return len(self.tokens) // TOKEN_BYTES
 
     @property
+    def seq(self) -> int:
+        """The id of its sequence."""
+        assert self.live is not None
+        return self.live.seq
+
+    @property
     def hit_kind(self) -> HitKind:
         """What the look-up came to."""
         if not self.read:
             return "cold"
+        if self.sticks:
+            return "continuation" if self.continues else "sticky"
         return "exact" if self.read == self.prompt_tokens else "partial"
+
+    def lose_sequence(self) -> None:
+        """Its cells are others' from now on; it waits to go on where it was."""
+        self.phase = Phase.QUEUED
+        self.was_preempted = True
+        self.live = self.leader = None
+        self.sticks = False
+        self.stops.clear()
+        self.computed = self.saved = self.tried = self.attempts = 0
 
     def append(self, token: int) -> None:
         """A token was sampled."""
@@ -143,13 +224,17 @@ class Request:
             prefill_s=self.prefill_s,
             first_token_s=None if first is None else first - self.submitted_at,
             decode_s=0.0 if first is None else now - first,
+            stop_sequence=self.pipeline.stop_sequence,
             explain=explanation,
         )
 
-    def finish(self, stats: Stats) -> None:
-        """Deliver what was held back, and the end."""
-        for event in self.pipeline.flush():
+    def finish_reply(self) -> None:
+        """Nothing more is generated: deliver what was held back."""
+        for event in self.pipeline.finish():
             self.mailbox.put(event)
+
+    def finish(self, stats: Stats) -> None:
+        """Deliver the end."""
         self.mailbox.put(Done(stats))
 
     def fail(self, error: Exception) -> None:

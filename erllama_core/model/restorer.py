@@ -1,9 +1,13 @@
-"""Bringing a request's sequence to the longest state that is stored of its prompt."""
+"""Bringing a request's sequence as far as anything that exists of its context brings it.
+
+What exists: stored state, other sequences (residents, and requests that run), and what a
+running request is about to compute. The longest wins; where they are equal, what is nearest.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final
 
 import attrs
@@ -11,76 +15,245 @@ import attrs
 from erllama_core.cache.loader import Fetch
 from erllama_core.cache.lookup import Match
 from erllama_core.cache.space import ModelSpace
-from erllama_core.interfaces.backend import Context, Mark
+from erllama_core.interfaces.backend import Context, KVClass, Mark
 from erllama_core.interfaces.log import get_logger
 from erllama_core.model.explain import examine
 from erllama_core.model.request import Phase, Request
+from erllama_core.model.sequences import LiveSequence, SequencePool, shared_tokens
 
 log = get_logger("erllama.model")
 
+RESIDENT: Final = "resident"
+"""What results call state that another sequence held, where they name tiers."""
+
 _ATTEMPTS: Final = 3
 """Look-ups after fetches that failed; none of them finds again what failed before."""
+_WORTH_WAITING: Final = 32
+"""Tokens that another request must be about to compute for this one to wait for them."""
 
 
 class Restorer:
-    """Look-up, fetch, import. Used by the worker; only a fetch leaves its thread.
+    """Look-up, fetch, import, share. Used by the worker; only a fetch leaves its thread.
 
-    ``post`` runs something on the worker, ``cells_for`` says how many cells a request may use
-    while it is restored. When a request's sequence is as far as it gets,
-    ``ready`` is called with the logits to sample its first token from, if they were stored.
+    ``post`` runs something on the worker. ``running`` are the requests that have a sequence.
+    ``respell`` has a request go on with other tokens of its text if there is room for them.
+    When a request's sequence is as far as it gets, ``ready`` is called with the logits to sample
+    its first token from, if they were stored.
     """
 
     def __init__(
         self,
         context: Context,
         space: ModelSpace,
+        pool: SequencePool,
         n_vocab: int,
+        *,
         post: Callable[[Request, Callable[[Request], None]], None],
+        running: Callable[[], Iterable[Request]],
+        respell: Callable[[Request, bytes], bool],
         ready: Callable[[Request, Mark | None], None],
-        cells_for: Callable[[Request], int],
     ) -> None:
         self._context: Final = context
         self._space: Final = space
+        self._pool: Final = pool
         self._n_vocab: Final = n_vocab
         self._post: Final = post
+        self._running: Final = running
+        self._respell: Final = respell
         self._ready: Final = ready
-        self._cells_for: Final = cells_for
         self.outstanding = 0
         """Calls that other threads still owe; each one posts."""
 
     def start(self, request: Request, *, use_mark: bool = True) -> None:
-        """Begin; the request has an empty sequence."""
+        """Begin; the sequence holds the first ``computed`` tokens of the context, or none."""
         request.phase = Phase.LOADING
-        keys = request.keys
-        assert keys is not None
-        match = self._space.find(keys, may_sample=use_mark and self._mark_would_serve(request))
-        if match.length < request.prompt_tokens - 1 and not self._space.is_scanned:
+        match = self._find(request, use_mark=use_mark)
+        if match.length < request.length - 1 and not self._space.is_scanned:
             self.outstanding += 1
             self._space.when_scanned(lambda: self._post(request, self._after_scan))
             return
-        self._fetch(request, match)
+        self._choose(request, match)
 
     def _after_scan(self, request: Request) -> None:
         self.outstanding -= 1
-        if request.phase is not Phase.LOADING:
+        if request.phase is Phase.LOADING:
+            self._choose(request, self._find(request))
+
+    def _find(self, request: Request, *, use_mark: bool = True) -> Match:
+        """What is stored of the context, or of the same text in other tokens if that is more."""
+        may_sample = use_mark and not request.generated and self._mark_would_serve(request)
+        assert request.keys is not None
+        match = self._space.find(request.keys, may_sample=may_sample)
+        if request.may_respell and match.length < request.length - 1:
+            tokens = self._space.respell(request.keys, match)
+            if tokens is not None and self._respell(request, tokens):
+                request.respelt = True
+                match = self._space.find(request.keys, may_sample=may_sample)
+        return match
+
+    def _choose(self, request: Request, match: Match) -> None:
+        """Take the longest of what there is."""
+        assert request.keys is not None
+        if request.options.explain:
+            request.finding = examine(self._space, request.keys, match, respelt=request.respelt)
+        donor, length = self._live(request, match)
+        reach = max(length, match.length)
+        leader, common = self._leader(request)
+        if leader is not None and common - reach >= _WORTH_WAITING:
+            self._follow(request, leader, common)
+        elif donor is not None and length >= match.length:
+            self._use_live(request, match, donor, length)
+        else:
+            self._fetch(request, match)
+
+    # ------------------------------------------------------------------ sequences
+
+    def _live(self, request: Request, match: Match) -> tuple[LiveSequence | None, int]:
+        """The sequence from which most of the context can be had, and how much.
+
+        The whole of it is of use where its logits are stored; else the last token is left to
+        compute, which takes a sequence that can be cut.
+        """
+        own = request.live
+        assert own is not None
+        assert request.keys is not None
+        donor, most = self._pool.donor(request.keys, apart_from=own)
+        if request.computed >= most:
+            donor, most = own, request.computed
+        if most == request.length and match.mark is None:
+            most = most - 1 if self._context.kv_class is KVClass.SPAN else 0
+        return (donor, most) if most > 0 else (None, 0)
+
+    def _use_live(self, request: Request, match: Match, donor: LiveSequence, length: int) -> None:
+        if not self._take_from(request, donor, length):
+            self._fetch(request, match)
             return
-        keys = request.keys
-        assert keys is not None
-        match = self._space.find(keys, may_sample=self._mark_would_serve(request))
-        self._fetch(request, match)
+        self._note_read(request, length, (RESIDENT,))
+        request.saved = min(length, match.covered)
+        if match.mark is None or length < request.length:
+            self._done(request, attrs.evolve(match, length=length, mark=None), None)
+            return
+        self._request_state(request, Match(match.covered, length, (), None, match.mark))
+
+    def _take_from(self, request: Request, donor: LiveSequence, length: int) -> bool:
+        """Give the request's sequence the first tokens of a donor, which may be itself."""
+        own = request.live
+        assert own is not None
+        if donor is own:
+            if self._context.truncate(own.seq, length):
+                self._pool.ledger.cut(own.seq, length)
+                request.computed = length
+                return True
+            return False
+        self.empty(request)
+        if not self._context.share(donor.seq, own.seq, length):
+            return False
+        self._pool.ledger.share(donor.seq, own.seq, length)
+        request.computed = length
+        return True
+
+    def empty(self, request: Request) -> None:
+        """Start over with an empty sequence."""
+        live = request.live
+        assert live is not None
+        self._context.drop(live.seq)
+        self._pool.ledger.drop(live.seq)
+        request.computed = 0
+        request.sticks = False
+
+    # ------------------------------------------------------------- shared prefill
+
+    def _leader(self, request: Request) -> tuple[Request | None, int]:
+        """The running request that is going to compute most of this one's next tokens."""
+        if self._context.kv_class is KVClass.WHOLE:
+            return None, 0
+        best: Request | None = None
+        most = 0
+        assert request.keys is not None
+        for other in self._running():
+            # Not one that waits itself: two could wait for each other.
+            if other is request or other.phase not in {Phase.LOADING, Phase.PREFILLING}:
+                continue
+            assert other.keys is not None
+            common = min(shared_tokens(other.keys, request.keys), request.length - 1)
+            if other.computed < common and common > most:
+                best, most = other, common
+        return best, most
+
+    def _follow(self, request: Request, leader: Request, common: int) -> None:
+        self.empty(request)
+        request.phase = Phase.FOLLOWING
+        request.leader, request.follow_until = leader, common
+        leader.stops.add(common)
+
+    def settle_followers(self) -> None:
+        """After a step: let those share whose leader is as far as they need it to be."""
+        for request in self._followers():
+            leader = request.leader
+            assert leader is not None
+            if leader.computed >= request.follow_until:
+                other, common = self._leader(request)
+                if other is not None and common - request.follow_until >= _WORTH_WAITING:
+                    self._follow(request, other, common)  # one that goes on further
+                else:
+                    self._share_with(request, leader)
+            elif leader.phase not in {Phase.LOADING, Phase.FOLLOWING, Phase.PREFILLING}:
+                # It went on with other tokens of its text.
+                self.start(request)
+
+    def hand_over(self, leader: Request) -> None:
+        """A request is about to lose its sequence: who waits for it carries on from there."""
+        left = [request for request in self._followers() if request.leader is leader]
+        if not left:
+            return
+        heir, *others = left
+        for request in others:
+            request.leader = heir
+            request.follow_until = min(request.follow_until, heir.follow_until)
+            heir.stops.add(request.follow_until)
+        self._share_with(heir, leader)
+
+    def _followers(self) -> list[Request]:
+        return [request for request in self._running() if request.phase is Phase.FOLLOWING]
+
+    def _share_with(self, request: Request, leader: Request) -> None:
+        request.leader = None
+        length = min(leader.computed, request.follow_until)
+        whole = self._context.kv_class is KVClass.SPAN or length == leader.computed
+        source = leader.live
+        if not (length and whole and source and self._take_from(request, source, length)):
+            self.start(request)
+            return
+        self._note_read(request, length, (RESIDENT,))
+        request.saved = min(length, leader.saved)
+        self._done(request, Match(covered=length, length=length), None)
+
+    # ----------------------------------------------------------------- stored state
 
     def _fetch(self, request: Request, match: Match) -> None:
-        if request.options.explain and request.keys is not None:
-            request.finding = examine(self._space, request.keys, match)
-        fitting = match.within(self._cells_for(request))
-        if fitting is not match:
-            match = fitting
-            _note(request, "too few free cells to import all that is stored")
+        self.empty(request)
+        if match.pieces:
+            self._pool.make_room(match.pieces[-1].entry.end, apart_from=request.live)
+            fitting = match.within(self._pool.ledger.free)
+            if fitting is not match:
+                match = fitting
+                _note(request, "too few free cells to import all that is stored")
+        match = self._admitted(request, match)
         if not match.length:
             request.saved = match.covered
             self._done(request, None, None)
             return
+        self._request_state(request, match)
 
+    def _admitted(self, request: Request, match: Match) -> Match:
+        """What of a match the cost gate lets through."""
+        assert request.keys is not None
+        match, request.gate = self._space.admit(request.keys, match, request.options.parent_key)
+        if request.finding is not None:
+            request.finding = attrs.evolve(request.finding, gate=request.gate)
+        return match
+
+    def _request_state(self, request: Request, match: Match) -> None:
         def done(fetch: Fetch) -> None:
             self._post(request, lambda request: self._arrived(request, fetch))
 
@@ -105,45 +278,70 @@ class Restorer:
             if request.attempts < _ATTEMPTS:
                 self.start(request)
             else:
-                self._done(request, None, None)
+                self._restart(request)
             return
         match, mark = fetch.match, fetch.mark
         try:
             if mark is not None and not mark.serves(request.options.sampling()):
                 self.start(request, use_mark=False)
                 return
-            self._import(request, fetch)
+            if request.computed < match.length and not self._import(request, fetch):
+                _note(request, "the cells for what is stored were taken meanwhile")
+                self._restart(request)
+                return
         except Exception as error:  # noqa: BLE001 - StateRejected, or a backend's own mistake
             # The sequence may hold a part. What was refused once will be refused again, so
             # the prompt is computed: cache trouble never fails a request.
             log.warning("restore.refused", request=request.id, error=str(error))
             self._space.refused(fetch.match)
             _note(request, f"the backend refused the stored state: {error}")
-            self._context.drop(request.seq)
-            self._done(request, None, None)
+            self._restart(request)
             return
         finally:
             fetch.release()
-        request.computed = request.read = match.length
-        request.saved = match.covered
-        request.restored_bytes = fetch.n_bytes
-        request.sources = fetch.sources
+        request.restored_bytes += fetch.n_bytes
         self._done(request, match, mark)
 
-    def _import(self, request: Request, fetch: Fetch) -> None:
-        match = fetch.match
+    def _restart(self, request: Request) -> None:
+        """Compute it all."""
+        self.empty(request)
+        self._done(request, None, None)
+
+    def _import(self, request: Request, fetch: Fetch) -> bool:
+        """Whether there were cells enough."""
+        match, live = fetch.match, request.live
+        assert live is not None
+        if match.pieces and not self._pool.make_room(match.pieces[-1].entry.end, apart_from=live):
+            return False
+        started = time.perf_counter()
         if match.pieces:
-            self._context.import_ranges(request.seq, fetch.ranges())
+            self._context.import_ranges(live.seq, fetch.ranges())
         snapshot = fetch.snapshot()
         if snapshot is not None:
-            self._context.import_snapshot(request.seq, match.length, snapshot)
+            self._context.import_snapshot(live.seq, match.length, snapshot)
+        if self._space.gate is not None:
+            self._space.gate.observe_import(fetch.n_bytes, time.perf_counter() - started)
+        self._pool.ledger.grow(live.seq, match.length)
+        request.computed = match.length
+        request.saved = match.covered
+        self._note_read(request, match.length, fetch.sources)
+        return True
+
+    def _note_read(self, request: Request, length: int, sources: tuple[str, ...]) -> None:
+        """What a request reuses; what it gets back after it was preempted is its own."""
+        if not request.was_preempted:
+            request.read, request.sources = length, sources
 
     def _done(self, request: Request, match: Match | None, mark: Mark | None) -> None:
-        self._space.count(match, request.prompt_tokens, request.options.parent_key)
         now = time.perf_counter()
-        request.prefill_at = now
-        if match is not None:
-            request.restore_s = now - request.admitted_at
+        if not request.was_preempted:  # it was counted before
+            if match is None:
+                self._note_read(request, 0, ())
+            withheld = request.gate is not None and request.gate.withheld_tokens > 0
+            self._space.count(match, request.length, request.options.parent_key, withheld=withheld)
+            request.prefill_at = now
+            if match is not None:
+                request.restore_s = now - request.admitted_at
         request.phase = Phase.PREFILLING
         self._ready(request, mark)
 

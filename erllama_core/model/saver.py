@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final
 
 from erllama_core.cache.counters import SaveReason
+from erllama_core.cache.flow import DURABLE_REASONS, SaveBuffer
 from erllama_core.cache.keys import ContextKeys
-from erllama_core.cache.pages import PooledPages
 from erllama_core.cache.policy import SavePolicy
-from erllama_core.cache.space import ModelSpace
-from erllama_core.interfaces.backend import Context, KVClass
+from erllama_core.cache.space import ModelSpace, NewBlock
+from erllama_core.interfaces.backend import Context, KVClass, RangeExport
 from erllama_core.interfaces.log import get_logger
 from erllama_core.model.request import Request
 
@@ -37,23 +37,58 @@ class Saver:
         """Whether a context of that length is saved at all."""
         return self._space.has_tiers and tokens >= self._policy.min_tokens
 
+    def shortfall(self, prompt: int, context: int, drops: int = 0) -> str | None:
+        """What of a context, its prompt a part of it, is saved late or not at all, and why.
+
+        ``drops``: saves that found no room. Thread-safe.
+        """
+        policy = self._policy
+        if not self._space.has_tiers:
+            return "nothing is saved: the model has no tier"
+        if context < policy.min_tokens:
+            return (
+                f"nothing is saved: {context} tokens are less than min_tokens ({policy.min_tokens})"
+            )
+        if drops:
+            return (
+                f"{drops} saves were dropped, as too much waited to be written "
+                "(max_inflight_bytes); what is missing is tried again when the reply has ended"
+            )
+        boundary = policy.cold_boundary(prompt, self._align)
+        if boundary == prompt:
+            return None
+        if prompt < policy.cold_min_tokens:
+            why = f"it is shorter than cold_min_tokens ({policy.cold_min_tokens})"
+        elif prompt < policy.min_tokens:
+            why = f"it is shorter than min_tokens ({policy.min_tokens})"
+        else:
+            why = (
+                f"cold_max_tokens is {policy.cold_max_tokens or 'not set'}, boundary_trim_tokens "
+                f"{policy.boundary_trim_tokens}, and only whole blocks are saved short of its end"
+            )
+        return (
+            f"{boundary} of the prompt's {prompt} tokens are saved while it is computed, the rest "
+            f"when the reply has ended: {why}"
+        )
+
     def after_prefill(self, request: Request, row: int | None) -> None:
         """A part of the prompt was computed; ``row``: where its last logits are, at its end."""
         with self._unharmed(request):
             self._after_prefill(request, row)
 
     def _after_prefill(self, request: Request, row: int | None) -> None:
-        policy = self._policy
         prompt = request.prompt_tokens
-        at_end = row is not None
-        if not self.saves(prompt) or prompt < policy.cold_min_tokens:
+        boundary = self._policy.cold_boundary(prompt, self._align)
+        if not boundary or not self.saves(prompt):
             return
-        limit = prompt if policy.cold_max_tokens is None else min(prompt, policy.cold_max_tokens)
-        reached = min(limit, request.computed)
-        if not (at_end and reached == prompt):
+        reached = min(boundary, request.computed)
+        if reached < boundary:
             reached -= reached % self._align
+        goes_on = row is None and (boundary == prompt or reached < boundary)
+        if self._context.exports_whole and goes_on:
+            return  # a long prompt's beginning would be copied with every part of it
         self._save_blocks(request, reached, "cold")
-        if row is not None and limit == prompt:
+        if row is not None and boundary == prompt:
             self._save_end(request, row, "cold")
 
     def after_token(self, request: Request) -> None:
@@ -77,6 +112,18 @@ class Saver:
             self._save_end(request, row, reason)
             assert request.keys is not None
             self._space.touch(request.keys, request.computed)
+            if reason in DURABLE_REASONS:
+                self._space.make_durable(request.keys, request.computed)
+
+    def before_loss(self, request: Request) -> None:
+        """A request that has ended is about to lose its sequence: save what is not stored."""
+        keys = request.keys
+        assert keys is not None
+        snapshots = self._space.kv_class is not KVClass.SPAN
+        if request.saved < request.computed or (
+            snapshots and not self._space.has_snapshot(keys, request.computed)
+        ):
+            self.at_end(request, None, "evict")
 
     @contextmanager
     def _unharmed(self, request: Request) -> Iterator[None]:
@@ -92,20 +139,47 @@ class Saver:
         assert keys is not None
         if self._space.kv_class is KVClass.WHOLE:
             return
-        while request.saved < end:
-            block = self._space.next_block(keys, request.saved, end)
-            if block is None:
-                request.saved = end
-                return
-            pages = self._copy(
-                request,
-                self._context.range_bytes(request.seq, block.start, block.end),
-                functools.partial(self._context.export_range, request.seq, block.start, block.end),
-            )
-            if pages is None:
-                return
+        blocks: list[tuple[NewBlock, SaveBuffer]] = []
+        try:
+            position = self._lay_out(request, keys, end, blocks)
+            self._export(request, blocks)
+        except BaseException:
+            for _, pages in blocks:
+                self._space.forgo(pages)
+            raise
+        for block, pages in blocks:
             self._space.submit_block(keys, block, pages, reason)
-            request.saved = block.end
+        request.saved = position
+
+    def _lay_out(
+        self,
+        request: Request,
+        keys: ContextKeys,
+        end: int,
+        blocks: list[tuple[NewBlock, SaveBuffer]],
+    ) -> int:
+        """Add the blocks that are missing before ``end``, while there is room; up to where."""
+        position = request.saved
+        while position < end:
+            block = self._space.next_block(keys, position, end)
+            if block is None:
+                return end
+            size = self._context.range_bytes(request.seq, block.start, block.end)
+            pages = self._reserve(request, size)
+            if pages is None:
+                break
+            blocks.append((block, pages))
+            position = block.end
+        return position
+
+    def _export(self, request: Request, blocks: Sequence[tuple[NewBlock, SaveBuffer]]) -> None:
+        """Copy all of them at once: it may cost as much as copying one."""
+        if not blocks:
+            return
+        started = time.perf_counter_ns()
+        ranges = [RangeExport(block.start, block.end, pages.view) for block, pages in blocks]
+        self._context.export_ranges(request.seq, ranges)
+        self._space.add_pack_time(time.perf_counter_ns() - started)
 
     def _save_end(self, request: Request, row: int | None, reason: SaveReason) -> None:
         """What is kept of the very position at which the sequence stands."""
@@ -131,8 +205,8 @@ class Saver:
 
     def _copy(
         self, request: Request, size: int, export: Callable[[memoryview], None]
-    ) -> PooledPages | None:
-        pages = self._space.reserve(size, beyond_bound=request.is_last_save)
+    ) -> SaveBuffer | None:
+        pages = self._reserve(request, size)
         if pages is None:
             return None
         started = time.perf_counter_ns()
@@ -142,4 +216,10 @@ class Saver:
             self._space.forgo(pages)
             raise
         self._space.add_pack_time(time.perf_counter_ns() - started)
+        return pages
+
+    def _reserve(self, request: Request, size: int) -> SaveBuffer | None:
+        pages = self._space.reserve(size, beyond_bound=request.is_last_save)
+        if pages is None:
+            request.drops += 1
         return pages

@@ -10,21 +10,62 @@ from erllama_core.interfaces.block import TOKEN_BYTES
 from erllama_core.model.request import Phase, Request
 
 _MIN_CHUNK: Final = 64
+_LEAST: Final = 16
+"""Prompt tokens in a step with replies, however slow the model is: prompts must get on."""
+_WEIGHT: Final = 0.25
+"""Of a new measurement in a moving average."""
+
+
+class Pace:
+    """How fast prompts and replies are computed. Written by the worker, read by any thread."""
+
+    def __init__(self) -> None:
+        self.prefill_tokens_per_s = 0.0
+        """0.0 until it was measured."""
+        self.step_s = 0.0
+        """A step of replies alone; 0.0 until it was measured."""
+        self.replies_per_step = 0.0
+
+    def note(self, prompt_tokens: int, replies: int, seconds: float) -> None:
+        """A step was computed."""
+        if seconds <= 0.0:
+            return
+        if not prompt_tokens:
+            self.step_s += _WEIGHT * (seconds - self.step_s) if self.step_s else seconds
+            more = replies - self.replies_per_step
+            self.replies_per_step += _WEIGHT * more if self.replies_per_step else replies
+        elif prompt_tokens >= _LEAST:
+            # What the replies in it cost is theirs; and never all of it, should that be off.
+            own_s = max(seconds - (self.step_s if replies else 0.0), seconds / 4)
+            rate = prompt_tokens / own_s
+            before = self.prefill_tokens_per_s
+            self.prefill_tokens_per_s += _WEIGHT * (rate - before) if before else rate
+
+    @property
+    def decode_tokens_per_s(self) -> float:
+        """Of all replies together; 0.0 until it was measured."""
+        return self.replies_per_step / self.step_s if self.step_s else 0.0
 
 
 class TickComposer:
     """Composes batches: running replies first, then parts of prompts in fair turns.
 
     A prompt gets at most ``chunk_tokens`` of a batch (None: a quarter of it, 64 at least), so
-    that a long one does not keep the others waiting.
+    that a long one does not keep the others waiting. With replies in the batch, all prompts
+    together get no more than is computed within ``stall_target_ms``.
     """
 
-    def __init__(self, batch_tokens: int, chunk_tokens: int | None) -> None:
+    def __init__(
+        self, batch_tokens: int, chunk_tokens: int | None, stall_target_ms: int = 0
+    ) -> None:
         self._batch_tokens: Final = batch_tokens
         self._chunk_tokens: Final = chunk_tokens or max(_MIN_CHUNK, batch_tokens // 4)
+        self._stall_target_s: Final = stall_target_ms / 1000
         self._turn = 0
 
-    def compose(self, active: Sequence[Request]) -> tuple[list[Request], list[Row]]:
+    def compose(
+        self, active: Sequence[Request], pace: Pace | None = None
+    ) -> tuple[list[Request], list[Row]]:
         """The requests that take part in the next step, and their rows, in the same order."""
         batch: list[Request] = []
         rows: list[Row] = []
@@ -40,12 +81,24 @@ class TickComposer:
         for request in active:
             if room and request.phase in {Phase.GENERATING, Phase.CLOSING}:
                 room -= add(request, request.length, logits=True)
+        if rows and pace is not None:
+            room = min(room, self._beside_replies(pace))
         prefilling = [request for request in active if request.phase is Phase.PREFILLING]
         if prefilling:
             self._turn = (self._turn + 1) % len(prefilling)
         for request in prefilling[self._turn :] + prefilling[: self._turn]:
-            whole = request.prompt_tokens
+            whole = request.length
             stop = min(whole, request.computed + min(self._chunk_tokens, room))
+            stop = min([stop, *(at for at in request.stops if at > request.computed)])
             if stop > request.computed:
                 room -= add(request, stop, logits=stop == whole)
         return batch, rows
+
+    def _beside_replies(self, pace: Pace) -> int:
+        """Prompt tokens in a step that replies wait for; few before their cost is known."""
+        if not self._stall_target_s:
+            return self._batch_tokens
+        if not pace.prefill_tokens_per_s:
+            return _MIN_CHUNK
+        left_s = max(0.0, self._stall_target_s - pace.step_s)
+        return max(_LEAST, int(left_s * pace.prefill_tokens_per_s))

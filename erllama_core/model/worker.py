@@ -1,44 +1,53 @@
-"""The one thread that touches a model's context.
+"""A loaded model's worker, as other threads see it: requests go in, and nobody waits for it.
 
-Callers hand requests in and read events from mailboxes; the thread admits requests to free
-sequences, computes all of them together, one batch a tick, and saves what they leave behind.
+The work is done by a :class:`~.runner.Runner` on a thread of its own. A runner whose native
+call does not come back is given up, and another one takes over on a new context.
 """
 
 from __future__ import annotations
 
-import functools
-import queue
 import threading
 import time
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Final
+
+import attrs
 
 from erllama_core import results
 from erllama_core.cache.policy import SavePolicy
 from erllama_core.cache.space import ModelSpace
-from erllama_core.errors import EngineClosed, ErllamaError, PluginFailed
-from erllama_core.interfaces.backend import BackendModel, Context, KVClass, Mark
+from erllama_core.errors import DecodeTimeout, EngineClosed, ModelLoadError, SeqCapacity
+from erllama_core.interfaces.backend import BackendModel, Context, KVClass
 from erllama_core.interfaces.log import get_logger
-from erllama_core.model.explain import Finding, examine, explain
+from erllama_core.model.explain import Finding, examine
 from erllama_core.model.request import Phase, Request
-from erllama_core.model.restorer import Restorer
-from erllama_core.model.saver import Saver
-from erllama_core.model.tick import TickComposer
+from erllama_core.model.runner import Abandoned, Runner, close_sampler
+from erllama_core.model.session import SessionTable
 from erllama_core.prompt import Prompt
-from erllama_core.results import CacheHit, CacheKey, FinishReason
+from erllama_core.results import CacheHit
 
 log = get_logger("erllama.model")
 
-_LAST_READS_S: Final = 10.0
-"""How long closing waits for a tier that does not answer."""
+_ANSWERED: Final = frozenset({Phase.CLOSING, Phase.ENDED})
+
+
+@attrs.frozen(kw_only=True)
+class WorkerOptions:
+    """How a worker runs a model's requests."""
+
+    policy: SavePolicy
+    decode_budget_ms: int = 30_000
+    """A step that takes longer is aborted; one that is not over after as long again is given up,
+    with its context. 0: neither."""
+    resident_cells_max: int | None = None
+    """Cells that idle sequences without a session may hold."""
 
 
 class Worker:
-    """Runs one model's requests. ``submit`` and ``cancel`` from any thread.
+    """Runs one model's requests. Thread-safe.
 
-    ``open_space`` is called on the worker once the context is open, since only the open
-    context says what KV class it has and what makes its state incompatible.
+    ``open_space`` is called on the worker's thread once the context is open, since only the
+    open context says what KV class it has and what makes its state incompatible.
     """
 
     def __init__(
@@ -46,35 +55,28 @@ class Worker:
         name: str,
         model: BackendModel,
         open_space: Callable[[Context], ModelSpace],
-        policy: SavePolicy,
+        options: WorkerOptions,
     ) -> None:
         self.name: Final = name
         self._model: Final = model
         self._open_space: Final = open_space
-        self._policy: Final = policy
-        self._inbox: Final[queue.SimpleQueue[Callable[[], None]]] = queue.SimpleQueue()
+        self._options: Final = options
         self._lock: Final = threading.Lock()
         self._accepts = True
-        self._stopping = False
-        self._waiting: Final[deque[Request]] = deque()
-        self._active: Final[list[Request]] = []
-        self._free_seqs: list[int] = []
-        self._settling: Final[list[tuple[threading.Event, list[Request]]]] = []
-        self._reserved_cells = 0
-        self._last_hit: CacheHit | None = None
-        self._opened: Final = threading.Event()
+        self._sessions: Final = SessionTable()
+        self._unfinished: Final[set[Request]] = set()
+        self._runners_alive = 0
+        self._runner, self._thread = self._new_runner()
         self._open_error: Exception | None = None
-        self._context_or_none: Context | None = None
-        self._context: Context
-        self._restorer: Restorer
-        self._saver: Saver
-        self._composer: TickComposer
-        self._space: ModelSpace
-        self._thread: Final = threading.Thread(
-            target=self._run, name=f"erllama-worker-{name}", daemon=True
-        )
+        self._opened: Final = threading.Event()
+        self._finished: Final = threading.Event()
+        """No runner is left but such as were given up."""
+        self._closed: Final = threading.Event()
+        self._watchdog: threading.Thread | None = None
+        self.quarantined = 0
+        """Contexts that were given up because a native call in them did not come back."""
 
-    # ----------------------------------------------------- from other threads
+    # ------------------------------------------------------------------ life
 
     def start(self) -> Context:
         """Open the context; blocks until it is. Raises what the backend raised.
@@ -87,20 +89,123 @@ class Worker:
         if self._open_error is not None:
             self._thread.join()
             raise self._open_error
-        return self._context
+        if self._options.decode_budget_ms:
+            self._watchdog = threading.Thread(
+                target=self._watch, name=f"erllama-watchdog-{self.name}", daemon=True
+            )
+            self._watchdog.start()
+        return self._runner.context
 
-    def submit(self, request: Request) -> None:
-        """Queue a request. Raises EngineClosed."""
+    def close(self) -> None:
+        """Answer every request with EngineClosed, free context and weights, end the threads.
+
+        What running requests have computed is saved first. Idempotent.
+        """
         with self._lock:
-            if not self._accepts:
-                raise EngineClosed(f"model {self.name!r} is closed")
-            self._inbox.put(lambda: self._waiting.append(request))
+            self._accepts = False
+            runner = self._runner
+            runner.post(runner.stop)
+        if threading.current_thread() is self._thread or self._thread.ident is None:
+            return
+        self._finished.wait()
+        self._thread.join()
+        self._closed.set()
+        if self._watchdog is not None:
+            self._watchdog.join()
+
+    # -------------------------------------------------------------- requests
+
+    def submit(self, request: Request, goes_on_from: bytes | None = None) -> None:
+        """Queue a request. Raises EngineClosed, SeqCapacity, StickyBusy.
+
+        ``goes_on_from``: see :meth:`SessionTable.begin`.
+        """
+        # Reading the text of a long prompt takes a while, so the caller's thread does it.
+        request.keys = self._space.keys(request.tokens, request.options.cache_salt)
+        if request.keys.text is not None:
+            request.keys.text.catch_up()
+        with self._lock:
+            self._check_accepts()
+            if request.options.on_full == "error":
+                self._check_capacity()
+            if request.options.session_id is not None:
+                request.session = self._sessions.begin(
+                    request.options.session_id, request, goes_on_from
+                )
+            self._unfinished.add(request)
+            self._runner.post(lambda: self._runner.waiting.append(request))
+
+    def _check_accepts(self) -> None:
+        if not self._accepts:
+            raise EngineClosed(f"model {self.name!r} is closed")
+
+    def _check_capacity(self) -> None:
+        running = sum(request.phase not in _ANSWERED for request in self._unfinished)
+        n_seq_max = self._runner.context.n_seq_max
+        if running >= n_seq_max:
+            raise SeqCapacity(
+                f"model {self.name!r} runs {n_seq_max} requests at a time, and has as many; try "
+                f"again, wait with on_full='block', or load it with a larger n_seq_max"
+            )
+
+    def _ended(self, request: Request) -> None:
+        """A request is over. On the worker's thread."""
+        with self._lock:
+            self._unfinished.discard(request)
 
     def cancel(self, request: Request) -> None:
-        """End a request at its next token; nothing happens when it has ended."""
-        if not request.cancelled and request.phase not in {Phase.CLOSING, Phase.ENDED}:
-            request.cancelled = True
-            self._inbox.put(_nothing)
+        """End a request at its next token; nothing happens when it has ended.
+
+        A step over prompts that nobody waits for any more is aborted.
+        """
+        if request.cancelled or request.phase in _ANSWERED:
+            return
+        request.cancelled = True
+        runner = self._runner
+        runner.post(_nothing)
+        batch = runner.batch
+        # A step of replies alone is over in no time, and its tokens are worth keeping.
+        prompts = any(one.phase is Phase.PREFILLING for one in batch)
+        if prompts and all(one.cancelled for one in batch):
+            runner.context.abort()
+
+    # --------------------------------------------------------------- sessions
+
+    def transcript(self, session_id: Hashable, expected: bytes | None) -> tuple[bytes, str | None]:
+        """See :meth:`SessionTable.transcript`."""
+        with self._lock:
+            self._check_accepts()
+        return self._sessions.transcript(session_id, expected)
+
+    def end_session(self, session_id: Hashable) -> None:
+        """Forget a session; its sequence is free for others. Idempotent, unknown is a no-op."""
+        session = self._sessions.remove(session_id)
+        if session is not None:
+            with self._lock:
+                if self._accepts:
+                    runner = self._runner
+                    runner.post(lambda: runner.end_session(session))
+
+    def reset_session(self, session_id: Hashable) -> bool:
+        """Forget a session and what it computed, its running request included.
+
+        That one ends with EngineReset. Returns when it has; False for an unknown id.
+        """
+        session = self._sessions.remove(session_id)
+        if session is None:
+            return False
+        done = threading.Event()
+        with self._lock:
+            if not self._accepts:
+                return True
+            runner = self._runner
+            runner.post(lambda: runner.reset_session(session, done.set))
+        while not done.wait(0.05):
+            if runner.abandoned or self._closed.is_set():
+                break
+        return True
+
+    # ------------------------------------------------------------------ state
 
     def settle(self, timeout_s: float | None = None) -> bool:
         """Wait until every answered request has handed over its state to be saved.
@@ -111,357 +216,233 @@ class Worker:
         with self._lock:
             if not self._accepts:
                 return True
-            self._inbox.put(lambda: self._wait_settled(settled))
+            runner = self._runner
+            runner.post(lambda: runner.wait_settled(settled))
         return settled.wait(timeout_s)
 
-    def save_live(self) -> None:
+    def save_live(self) -> bool:
         """Save what running requests have computed, with the reason ``evict``; they go on.
 
-        Returns when it was handed to the writer. For a sequence that is about to lose its
-        cells, or memory that is about to.
+        For sequences that are about to lose their cells, or memory that is about to. Returns
+        when it is written; False when that took longer than ``evict_save_timeout_ms``, or
+        the worker is closed, which saves by itself.
         """
+        timeout_s = self._options.policy.evict_save_timeout_ms / 1000
+        deadline = time.monotonic() + timeout_s
         saved = threading.Event()
-
-        def save() -> None:
-            for request in self._active:
-                if request.phase in {Phase.PREFILLING, Phase.GENERATING, Phase.CLOSING}:
-                    self._saver.at_end(request, None, "evict")
-            saved.set()
 
         with self._lock:
             if not self._accepts:
-                return
-            self._inbox.put(save)
-        saved.wait()
+                return False
+            runner = self._runner
 
-    def close(self) -> None:
-        """Answer every request with EngineClosed, free context and weights, end the thread.
+            def save() -> None:
+                runner.save_live()
+                saved.set()
 
-        What running requests have computed is saved first. Idempotent.
-        """
+            runner.post(save)
+        if not saved.wait(timeout_s):
+            return False
+        return self._space.wait_written(max(0.0, deadline - time.monotonic()))
+
+    def drop_residents(self) -> None:
+        """Have idle sequences give back their cells; their state is saved first."""
         with self._lock:
-            self._accepts = False
-        self._inbox.put(self._stop)
-        if threading.current_thread() is not self._thread and self._thread.ident is not None:
-            self._thread.join()
+            if self._accepts:
+                self._runner.post(self._runner.pool.drop_all_idle)
+
+    # ------------------------------------------------------------ observation
 
     @property
     def status(self) -> results.Phase:
         """What it is doing, as seen without waiting for it."""
-        phases = {request.phase for request in tuple(self._active)}
-        if Phase.GENERATING in phases:
-            return "generating"
-        return "prefilling" if phases & {Phase.LOADING, Phase.PREFILLING} else "idle"
+        return self._runner.status
 
     @property
     def available_seqs(self) -> int:
         """Sequences that no request has now."""
-        return len(self._free_seqs)
+        return self._runner.pool.n_idle
+
+    @property
+    def pinned_idle_seqs(self) -> int:
+        """Of these, the ones that hold a session's context."""
+        return self._runner.pool.n_pinned_idle
 
     @property
     def pending_len(self) -> int:
         """Requests that wait for a sequence."""
-        return len(self._waiting)
+        return len(self._runner.waiting)
+
+    @property
+    def queue_depth(self) -> int:
+        """Streams that have not ended."""
+        with self._lock:
+            return sum(r.is_streamed and r.phase not in _ANSWERED for r in self._unfinished)
+
+    @property
+    def rates(self) -> tuple[float, float]:
+        """Tokens per second of prompts, and of all replies together; 0.0 until measured."""
+        pace = self._runner.pace
+        return pace.prefill_tokens_per_s, pace.decode_tokens_per_s
+
+    @property
+    def preemptions(self) -> int:
+        """Requests that lost their cells to others for a while."""
+        return self._runner.preemptions
 
     def examine(self, prompt: Prompt, salt: str | None) -> tuple[Finding, KVClass]:
         """What is stored of a prompt now. Computes nothing, and waits for nobody."""
         space = self._space
         keys = space.keys(bytearray(prompt.packed), salt)
         match = space.find(keys, may_sample=True)
-        return examine(space, keys, match), space.kv_class
+        other = space.respell(keys, match) if prompt.text is not None else None
+        if other is not None:
+            keys = space.keys(bytearray(other), salt)
+            match = space.find(keys, may_sample=True)
+        finding = examine(space, keys, match, respelt=other is not None)
+        gate = space.judge(match, len(keys))
+        return attrs.evolve(finding, gate=gate), space.kv_class
+
+    def shortfall(self, prompt_tokens: int) -> str | None:
+        """What of a prompt would be saved late or not at all, and why. Waits for nobody."""
+        return self._runner.saver.shortfall(prompt_tokens, prompt_tokens)
 
     @property
     def last_hit(self) -> CacheHit | None:
         """What the last admitted request found."""
-        return self._last_hit
+        return self._runner.last_hit
 
-    # ------------------------------------------------------------- the thread
+    @property
+    def _space(self) -> ModelSpace:
+        return self._runner.space
 
-    def _run(self) -> None:
+    # ------------------------------------------------------------- the threads
+
+    def _new_runner(self) -> tuple[Runner, threading.Thread]:
+        runner = Runner(
+            self.name,
+            self._model,
+            self._options.policy,
+            self._sessions,
+            resident_cells_max=self._options.resident_cells_max,
+            ended=self._ended,
+        )
+        thread = threading.Thread(
+            target=self._run, args=(runner,), name=f"erllama-worker-{self.name}", daemon=True
+        )
+        self._runners_alive += 1
+        return runner, thread
+
+    def _run(self, runner: Runner) -> None:
         try:
-            self._open()
+            runner.open(self._open_space)
         except Exception as error:  # noqa: BLE001 - handed to the loading thread
             self._open_error = error
+            self._give_up(error)
         else:
-            self._opened.set()
+            self._take_over(runner)
             try:
-                self._serve()
-            except Exception:
-                log.exception("worker.died", model=self.name)
-            with self._lock:
-                self._accepts = False
+                self._serve(runner)
+            except Abandoned:
+                log.warning("context.came_back", model=self.name)
+        # The context first, then the weights under it.
+        try:
+            runner.close_context()
+        except Exception:
+            log.exception("model.not_freed", model=self.name)
+        with self._lock:
+            self._runners_alive -= 1
+            last = not self._runners_alive and not self._accepts
+        if last:
             try:
-                self._shut_down()
-            except Exception:
-                log.exception("worker.not_shut_down", model=self.name)
-        # The context first, then the weights under it, on the one thread that used them.
-        for free in (self._close_context, self._model.close):
-            try:
-                free()
+                self._model.close()
             except Exception:
                 log.exception("model.not_freed", model=self.name)
+        if not runner.abandoned:
+            self._finished.set()
         self._opened.set()
 
-    def _open(self) -> None:
-        context = self._context_or_none = self._model.open_context()
-        self._context = context
-        self._space = self._open_space(context)
-        self._restorer = Restorer(
-            context,
-            self._space,
-            self._model.vocabulary.n_tokens,
-            self._post,
-            self._restored,
-            self._cells_for,
+    def _take_over(self, runner: Runner) -> None:
+        """Its context is open: requests are this runner's from now on."""
+        with self._lock:
+            before, self._runner = self._runner, runner
+            self._thread = threading.current_thread()
+            if before is not runner:
+                runner.waiting.extend(before.waiting)
+                before.waiting.clear()
+                before.hand_messages_to(runner)
+            if not self._accepts:
+                runner.post(runner.stop)
+        self._opened.set()
+
+    def _serve(self, runner: Runner) -> None:
+        try:
+            runner.serve()
+        except Abandoned:
+            raise
+        except Exception:
+            log.exception("worker.died", model=self.name)
+        with self._lock:
+            self._accepts = False
+        try:
+            runner.shut_down()
+        except Exception:
+            log.exception("worker.not_shut_down", model=self.name)
+
+    def _give_up(self, error: Exception) -> None:
+        """No context could be opened: nothing can be served."""
+        with self._lock:
+            self._accepts = False
+            left = list(self._unfinished)
+            self._runner.waiting.clear()
+        for request in left:
+            self._answer_lost(
+                request, ModelLoadError(f"model {self.name!r} has no context", reason=repr(error))
+            )
+
+    # ---------------------------------------------------------------- watchdog
+
+    def _watch(self) -> None:
+        budget_s = self._options.decode_budget_ms / 1000
+        while not self._closed.wait(min(1.0, budget_s / 4)):
+            runner = self._runner
+            number, began = runner.step_number, runner.step_began
+            if began is None or runner.abandoned:
+                continue
+            seconds = time.monotonic() - began
+            if seconds > budget_s and runner.step_number == number:
+                runner.over_budget = True
+                runner.context.abort()
+            if seconds > 2 * budget_s and runner.step_number == number and runner.step_began:
+                self._quarantine(runner)
+
+    def _quarantine(self, runner: Runner) -> None:
+        """A native call does not come back: leave it, its context and its thread behind.
+
+        Those whose tokens it computes are told; those who wait are served by another runner.
+        """
+        runner.abandoned = True
+        self.quarantined += 1
+        log.error("context.quarantined", model=self.name, requests=len(runner.active))
+        error = DecodeTimeout(
+            "a step did not end, not even when it was aborted; the model goes on with a new context"
         )
-        self._saver = Saver(context, self._space, self._policy)
-        self._composer = TickComposer(context.n_batch, self._policy.prefill_chunk_size)
-        self._free_seqs = list(range(context.n_seq_max))
+        for request in list(runner.active):
+            self._answer_lost(request, error)
+        self._sessions.unpin_all()
+        with self._lock:
+            _, thread = self._new_runner()
+        thread.start()
 
-    def _close_context(self) -> None:
-        if self._context_or_none is not None:
-            self._context_or_none.close()
-
-    def _serve(self) -> None:
-        while not self._stopping:
-            self._receive()
-            self._end_cancelled()
-            self._tick()
-            self._admit()  # after whatever sets sequences free, so that nobody waits for news
-            if self._settling:
-                self._let_settled()
-
-    def _let_settled(self) -> None:
-        """Tell those who wait that every request that was being closed then has ended."""
-        for settled, closing in self._settling:
-            if all(request.phase is Phase.ENDED for request in closing):
-                settled.set()
-        self._settling[:] = [item for item in self._settling if not item[0].is_set()]
-
-    def _wait_settled(self, settled: threading.Event) -> None:
-        closing = [request for request in self._active if request.phase is Phase.CLOSING]
-        self._settling.append((settled, closing))
-
-    def _receive(self) -> None:
-        """Take everything from the inbox; wait for something while there is nothing to do."""
-        working = {Phase.PREFILLING, Phase.GENERATING, Phase.CLOSING}
-        if not any(request.phase in working for request in self._active):
-            self._inbox.get()()
-        while True:
-            try:
-                message = self._inbox.get_nowait()
-            except queue.Empty:
-                return
-            message()
-
-    def _post(self, request: Request, act: Callable[[Request], None]) -> None:
-        """Do something for a request, on the worker; from any thread."""
-        self._inbox.put(lambda: self._guard(request, act))
-
-    def _stop(self) -> None:
-        self._stopping = True
-
-    def _shut_down(self) -> None:
-        """Answer everybody, then save what there is. Who submits from now on is told at once."""
-        self._drain(lambda: not self._inbox.empty())
-        error = EngineClosed(f"model {self.name!r} was closed before the request ended")
-        requests = [*self._active, *self._waiting]
-        unfinished = {Phase.PREFILLING, Phase.GENERATING, Phase.CLOSING}
-        with_state = [request for request in self._active if request.phase in unfinished]
-        for request in requests:
-            if request.phase is not Phase.CLOSING:
-                request.fail(error)
-            request.phase = Phase.ENDED
-        for request in with_state:
-            self._saver.at_end(request, None, "shutdown")
-        for request in requests:
-            _close_sampler(request)
-        self._active.clear()
-        self._waiting.clear()
-        self._let_settled()
-        # Reads that are under way hold pages, which their requests will no longer take.
-        self._drain(lambda: self._restorer.outstanding > 0)
-
-    def _drain(self, more: Callable[[], bool]) -> None:
-        while more():
-            try:
-                message = self._inbox.get(timeout=_LAST_READS_S)
-            except queue.Empty:
-                log.warning("worker.reads_abandoned", model=self.name)
-                return
-            try:
-                message()
-            except Exception:
-                log.exception("worker.message_failed", model=self.name)
-
-    # -------------------------------------------------------------- admission
-
-    def _admit(self) -> None:
-        """Give free sequences to waiting requests, in order, while their cells are free."""
-        while self._waiting and self._free_seqs:
-            request = self._waiting[0]
-            if self._reserved_cells + request.max_tokens > self._context.n_cells:
-                return
-            self._waiting.popleft()
-            self._reserved_cells += request.max_tokens
-            request.seq = self._free_seqs.pop()
-            request.admitted_at = time.perf_counter()
-            self._active.append(request)
-            self._guard(request, self._start)
-
-    def _cells_for(self, request: Request) -> int:
-        """The cells that no other running request has set aside."""
-        others = self._reserved_cells - request.max_tokens
-        return min(self._context.n_ctx, self._context.n_cells - others)
-
-    def _start(self, request: Request) -> None:
-        request.keys = self._space.keys(request.tokens, request.options.cache_salt)
-        self._restorer.start(request)
-
-    def _restored(self, request: Request, mark: Mark | None) -> None:
-        """The sequence of a request is as far as stored state brings it."""
-        self._last_hit = CacheHit(request.hit_kind, request.read)
-        if mark is None:
-            return
-        self._take(request, request.sampler.sample_mark(mark))
-        if request.phase is Phase.CLOSING and request.computed == request.length:
-            self._release(request)  # it said nothing, and what it read is stored
-
-    def _release(self, request: Request) -> None:
-        """The request is over: its sequence and cells are free, if it had any."""
+    def _answer_lost(self, request: Request, error: Exception) -> None:
+        """A request's sequence is gone for good."""
+        answered = request.phase in _ANSWERED
         request.phase = Phase.ENDED
-        if request in self._active:
-            self._active.remove(request)
-            self._free_seqs.append(request.seq)
-            self._reserved_cells -= request.max_tokens
-            self._context.drop(request.seq)
-        _close_sampler(request)
-
-    def _end_cancelled(self) -> None:
-        for request in [r for r in self._waiting if r.cancelled]:
-            self._waiting.remove(request)
-            self._guard(request, self._answer_cancelled)
-        for request in [r for r in self._active if r.cancelled]:
-            if request.phase is Phase.GENERATING:
-                self._guard(request, lambda r: self._answer(r, "cancelled"))
-            elif request.phase in {Phase.LOADING, Phase.PREFILLING}:
-                self._guard(request, self._answer_cancelled)
-
-    def _answer_cancelled(self, request: Request) -> None:
-        """It has said nothing: there is no reply to finish."""
-        request.finish(request.stats("cancelled", None, self._explanation(request)))
-        self._release(request)
-
-    def _explanation(self, request: Request) -> results.Explanation | None:
-        if request.finding is None:
-            return None
-        return explain(
-            request.finding,
-            self._model.vocabulary,
-            self._space.kv_class,
-            kind=request.hit_kind,
-            reused_tokens=request.read,
-            tiers=request.sources,
-            restored_bytes=request.restored_bytes,
-            restore_s=request.restore_s,
-        )
-
-    # ------------------------------------------------------------------- tick
-
-    def _tick(self) -> None:
-        """One batch: a token of every running reply, then parts of prompts in fair turns."""
-        batch, rows = self._composer.compose(self._active)
-        if not rows:
-            return
-        try:
-            self._context.step(rows)
-        except Exception as error:  # noqa: BLE001 - a backend's own code
-            log.warning("step.failed", model=self.name, error=str(error))
-            failure = _as_erllama_error(error, "the backend raised in a step")
-            for request in batch:
-                self._fail(request, failure)
-            return
-        ends: list[tuple[Request, int | None]] = []
-        for number, (request, row) in enumerate(zip(batch, rows, strict=True)):
-            request.computed += len(row.tokens) // 4
-            ends.append((request, number if row.logits else None))
-            if row.logits and request.phase is not Phase.CLOSING:
-                self._guard(request, functools.partial(self._sample, row=number))
-        # Tokens are on their way to the callers; now what was computed is saved.
-        for request, last in ends:
-            if request.phase is not Phase.ENDED:
-                self._guard(request, functools.partial(self._save, row=last))
-
-    def _sample(self, request: Request, row: int) -> None:
-        self._take(request, self._context.sample(row, request.sampler))
-
-    def _take(self, request: Request, token: int) -> None:
-        """A token was sampled: tell the caller, and see whether it was the last one."""
-        if request.phase is Phase.PREFILLING:
-            now = time.perf_counter()
-            request.first_token_at = now
-            if request.computed > request.read:
-                request.prefill_s = now - request.prefill_at
-            request.phase = Phase.GENERATING
-        if token in self._model.vocabulary.end_of_generation:
-            self._answer(request, "stop")
-            return
-        request.append(token)
-        for event in request.pipeline.feed(token):
-            request.mailbox.put(event)
-        if len(request.generated) >= request.max_generated:
-            self._answer(request, "length")
-
-    def _answer(self, request: Request, reason: FinishReason) -> None:
-        """Generation has ended: the caller gets the end now, the cache the rest of it next."""
-        key = None
-        if self._saver.saves(request.length) and request.keys is not None:
-            key = CacheKey(request.keys.key(request.length))
-        request.finish(request.stats(reason, key, self._explanation(request)))
-        request.phase = Phase.CLOSING
-
-    def _save(self, request: Request, row: int | None) -> None:
-        """After a step: save what is due, and let go of a request whose context is whole."""
-        if request.computed <= request.prompt_tokens:
-            self._saver.after_prefill(request, row)
-        else:
-            self._saver.after_token(request)
-        if request.phase is Phase.CLOSING and request.computed == request.length:
-            self._saver.at_end(request, row)
-            self._release(request)
-
-    # ----------------------------------------------------------------- errors
-
-    def _guard(self, request: Request, act: Callable[[Request], None]) -> None:
-        """Do something for one request; what it raises ends that request and no other."""
-        try:
-            act(request)
-        except Exception as error:  # noqa: BLE001 - a plugin's own code
-            what = f"a plugin raised while request {request.id} ran"
-            self._fail(request, _as_erllama_error(error, what))
-
-    def _fail(self, request: Request, error: Exception) -> None:
-        if request.phase is Phase.ENDED:
-            return
-        if request.phase is not Phase.CLOSING:  # else the caller has its answer already
+        if not answered:
+            self._sessions.answered(request, None)
             request.fail(error)
-        self._release(request)
-
-
-def _close_sampler(request: Request) -> None:
-    try:
-        request.sampler.close()
-    except Exception:
-        log.exception("sampler.not_freed", request=request.id)
-
-
-def _as_erllama_error(error: Exception, what: str) -> ErllamaError:
-    if isinstance(error, ErllamaError):
-        return error
-    log.error("plugin.raised", doing=what, exc_info=error)
-    failure = PluginFailed(f"{what}: {error!r}")
-    failure.__cause__ = error
-    return failure
+        close_sampler(request)
+        self._ended(request)
 
 
 def _nothing() -> None:

@@ -5,8 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final, Self
 
-from erllama_core.interfaces.stream import Done, Event, TextDelta
-from erllama_core.prompt import Prompt
+from erllama_core.errors import TimeoutExceeded
+from erllama_core.interfaces.stream import (
+    Done,
+    Event,
+    TextDelta,
+    ThinkingDelta,
+    ThinkingEnd,
+    ToolCallEnd,
+)
 from erllama_core.results import Completion, Stats
 from erllama_core.stream.mailbox import Mailbox
 
@@ -21,15 +28,20 @@ class Stream:
     def __init__(
         self,
         request_id: int,
-        prompt: Prompt,
         events: Mailbox[Event | Exception],
+        *,
         cancel: Callable[[], None],
+        context_tokens: Callable[[], tuple[int, ...]],
     ) -> None:
         self.request_id: Final = request_id
-        self._prompt: Final = prompt
         self._events: Final = events
         self._cancel: Final = cancel
+        self._context_tokens: Final = context_tokens
+        """Asked once the request has ended."""
         self._reply: list[bytes] = []
+        self._thinking: list[bytes] = []
+        self._thinking_signature = b""
+        self._tool_calls: list[bytes] = []
         self._stats: Stats | None = None
         self._error: Exception | None = None
 
@@ -116,9 +128,17 @@ class Stream:
     def _note(self, item: Event | Exception) -> Event:
         if isinstance(item, Exception):
             self._error = item
+            if isinstance(item, TimeoutExceeded):
+                item.partial = self._completion(item.stats)
             raise item
         if isinstance(item, TextDelta):
             self._reply.append(item.data)
+        elif isinstance(item, ThinkingDelta):
+            self._thinking.append(item.data)
+        elif isinstance(item, ThinkingEnd):
+            self._thinking_signature = item.signature_so_far
+        elif isinstance(item, ToolCallEnd):
+            self._tool_calls.append(item.data)
         elif isinstance(item, Done):
             self._stats = item.stats
         return item
@@ -127,11 +147,15 @@ class Stream:
         return Completion(
             reply=b"".join(self._reply).decode("utf-8", errors="replace"),
             generated=stats.generated,
-            context_tokens=(*self._prompt, *stats.generated),
+            context_tokens=self._context_tokens(),
             committed_tokens=stats.committed_tokens,
             finish_key=stats.finish_key,
             cache_hit_kind=stats.cache_hit_kind,
             cache_delta=stats.cache_delta,
             finish_reason=stats.finish_reason,
             stats=stats,
+            stop_sequence=stats.stop_sequence,
+            thinking=b"".join(self._thinking).decode("utf-8", errors="replace"),
+            thinking_signature=self._thinking_signature,
+            tool_calls=tuple(self._tool_calls),
         )

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from erllama_core.interfaces.stream import Channel, Segment
+from erllama_core.interfaces.stream import Channel, Outlet, ProcessorRequest
 
 
 def incomplete_tail(data: bytes) -> int:
@@ -22,29 +20,53 @@ def incomplete_tail(data: bytes) -> int:
     return 0
 
 
-class Utf8Assembly:
-    """Holds back the bytes of an unfinished character, per channel; a stream processor.
-
-    Bytes that are not UTF-8 pass unchanged: what a channel's bytes are is not decided here.
-    """
+class Characters:
+    """Puts the bytes of characters together; bytes that are not UTF-8 pass unchanged."""
 
     def __init__(self) -> None:
-        self._held: dict[Channel, bytes] = {}
+        self._held = b""
 
-    def feed(self, token: int, segments: Sequence[Segment]) -> Sequence[Segment]:
-        del token
-        out: list[Segment] = []
-        for segment in segments:
-            held = self._held.pop(segment.channel, b"")
-            data = held + segment.data
-            tail = incomplete_tail(data)
-            if tail:
-                self._held[segment.channel] = data[-tail:]
-                data = data[:-tail]
-            if data:
-                out.append(Segment(segment.channel, data))
-        return out
+    def feed(self, data: bytes) -> bytes:
+        """What is whole by now."""
+        if self._held:
+            data = self._held + data
+            self._held = b""
+        elif data.isascii():
+            return data
+        tail = incomplete_tail(data)
+        if tail:
+            self._held = data[-tail:]
+            return data[:-tail]
+        return data
 
-    def flush(self) -> Sequence[Segment]:
-        held, self._held = self._held, {}
-        return [Segment(channel, data) for channel, data in held.items()]
+    def rest(self) -> bytes:
+        """What was held back: nothing more comes."""
+        held, self._held = self._held, b""
+        return held
+
+
+class Utf8Assembly:
+    """Holds back the bytes of an unfinished character of the reply; a stream processor."""
+
+    def __init__(self, outlet: Outlet) -> None:
+        self._outlet = outlet
+        self._characters = Characters()
+
+    @classmethod
+    def for_request(cls, request: ProcessorRequest) -> Utf8Assembly:
+        """Every reply needs one."""
+        return cls(request.outlet)
+
+    def feed(self, token: int, data: bytes, channel: Channel) -> None:
+        if channel is Channel.TEXT:
+            data = self._characters.feed(data)
+        if data:
+            self._outlet.send(token, data, channel)
+
+    def flush(self) -> None:
+        rest = self._characters.rest()
+        if rest:
+            self._outlet.send(-1, rest, Channel.TEXT)
+
+    def finish(self) -> None:
+        self.flush()

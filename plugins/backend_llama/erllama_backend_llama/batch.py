@@ -50,10 +50,12 @@ class Batch:
         numbers. The caller has checked sequences and positions. Raises ValueError for rows
         that do not fit or are no packed tokens, InvalidPrompt for ids outside the vocabulary.
         """
-        outputs: list[int] = []
+        outputs = [0] * len(rows)
         offset = 0
         self._wanted[:] = 0
-        for row in rows:
+        # Separate cells: llama.cpp computes sequences together only where their numbers ascend.
+        for number in sorted(range(len(rows)), key=lambda number: rows[number].seq):
+            row = rows[number]
             tokens = np.frombuffer(row.tokens, dtype=_TOKEN)
             count = tokens.size
             end = offset + count
@@ -66,7 +68,7 @@ class Batch:
             np.add(self._counting[:count], row.start, out=self._positions[offset:end])
             self._sequences[offset:end] = self._pointers[row.seq]
             self._wanted[end - 1] = 1
-            outputs.append(end - 1)
+            outputs[number] = end - 1
             offset = end
         largest = int(self._tokens[:offset].max())
         if largest >= self._n_vocab:

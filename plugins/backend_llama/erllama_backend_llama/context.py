@@ -8,12 +8,14 @@ from typing import Any, Final
 from llama_cpp import llama_cpp
 
 from erllama_backend_llama import logits, native
+from erllama_backend_llama.abort import AbortFlag
 from erllama_backend_llama.batch import Batch
-from erllama_backend_llama.context_params import native_params
-from erllama_backend_llama.kv_class import MemoryClass, claimed_class, prove
+from erllama_backend_llama.context_params import cost_prior, native_params
+from erllama_backend_llama.kv_class import MemoryClass, Pools, claimed_class, prove
 from erllama_backend_llama.sampler import LlamaSampler
-from erllama_backend_llama.state import RangeTransfer, SequenceState
+from erllama_backend_llama.state import Ranges, SequenceState
 from erllama_core.errors import (
+    DecodeAborted,
     DecodeFailed,
     EngineClosed,
     InvalidPrompt,
@@ -23,8 +25,10 @@ from erllama_core.errors import (
 )
 from erllama_core.interfaces.backend import (
     ContextOptions,
+    CostPrior,
     KVClass,
     Mark,
+    RangeExport,
     RangeImport,
     Row,
     Sampler,
@@ -34,12 +38,13 @@ from erllama_core.interfaces.log import get_logger
 log = get_logger(__name__)
 
 _BROKEN: Final = -1
-"""The length of a sequence whose cells are not known; it must be dropped."""
+"""The length of a sequence whose import failed; it must be dropped."""
+_ABORTED: Final = 2
 
 DECODE_STATUS: Final = {
     1: "there are not enough free KV cells for this step; drop a sequence, or load the model "
     "with a larger context_opts.n_ctx",
-    2: "the step was aborted",
+    _ABORTED: "the step was aborted",
     -1: "llama.cpp refused the batch as invalid",
 }
 """What ``llama_decode`` returns, by llama.h; 0 is success, below -1 a fatal error."""
@@ -51,7 +56,7 @@ def longest_context(model: Any, context: Any) -> int:
     A model without rotary positions may have learned ones: a table with a row for each position
     of its training, beyond which llama.cpp aborts the process.
     """
-    n_ctx = int(llama_cpp.llama_n_ctx(context))
+    n_ctx = int(llama_cpp.llama_n_ctx_seq(context))
     learned = (
         llama_cpp.llama_model_rope_type(model) == llama_cpp.LLAMA_ROPE_TYPE_NONE
         and not llama_cpp.llama_model_is_recurrent(model)
@@ -61,43 +66,43 @@ def longest_context(model: Any, context: Any) -> int:
 
 
 class LlamaContext:
-    """A ``llama_context``. One thread alone calls it.
+    """A ``llama_context``. One thread alone calls it, but for :meth:`abort`.
 
-    Sequence n_seq_max, beyond those that callers use, is empty but during an export or an
-    import. Positions and sequences are checked here: llama.cpp aborts the process on some that
-    are out of range and accepts others. Raises ModelLoadError when it cannot be opened.
+    In one pool of cells sequence n_seq_max, beyond those that callers use, is empty but during
+    an export or an import; with separate cells it would cost as many as any other. Positions
+    and sequences are checked here: llama.cpp aborts the process on some that are out of range
+    and accepts others. Raises ModelLoadError when it cannot be opened.
     """
 
     def __init__(self, model: Any, options: ContextOptions, *, n_vocab: int) -> None:
         self._n_vocab = n_vocab
-        claim = claimed_class(model, swa_full=options.swa_full)
+        self.cost_prior: Final[CostPrior] = cost_prior(model, options)
+        claim = claimed_class(model, swa_full=options.swa_full, unified=options.kv_unified)
         n_seq_max = options.n_seq_max
         # For recurrent models each sequence costs a whole state, and whole states need no scratch.
-        scratch = n_seq_max if claim.kv_class is KVClass.SPAN else None
-        n_seq = n_seq_max + (scratch is not None)
+        has_scratch = claim.kv_class is KVClass.SPAN and options.kv_unified
+        scratch = n_seq_max if has_scratch else None
+        n_seq = n_seq_max + has_scratch
         self._context: Any = _open(model, native_params(options, n_seq=n_seq, window=claim.window))
         try:
+            self._abort = AbortFlag(self._context)
             self._n_ctx = longest_context(model, self._context)
+            self._n_cells = self._n_ctx * (1 if options.kv_unified else n_seq_max)
             self._n_batch = int(llama_cpp.llama_n_batch(self._context))
             self._n_seq_max = n_seq_max
             self._lengths = [0] * n_seq_max
             self._outputs: list[int | None] = []
-            self._tainted = False
-            """Some cells hold NaN; they are zeroed when no sequence is left."""
+            self._tainted: set[int] = set()
+            """Sequences with cells that hold NaN, now or before they were dropped."""
             self._batch = Batch(n_batch=self._n_batch, n_seq=n_seq, n_vocab=n_vocab)
             self._state = SequenceState(self._context)
-            self.memory_class: Final = self._prove(model, claim, scratch)
+            self._ranges: Ranges | None = None
+            pools = Pools(options.kv_unified, n_seq, int(llama_cpp.llama_n_ctx_seq(self._context)))
+            self.memory_class: Final = self._prove(model, claim, pools, scratch)
+            self._ranges = self.memory_class.ranges
         except BaseException:
             self.close()
             raise
-        self._ranges: RangeTransfer | None = None
-        if scratch is not None and self.memory_class.sizes is not None:
-            self._ranges = RangeTransfer(
-                self._state,
-                scratch=scratch,
-                sizes=self.memory_class.sizes,
-                window=self.memory_class.window,
-            )
 
     # ---------------------------------------------------------- properties
 
@@ -111,7 +116,7 @@ class LlamaContext:
 
     @property
     def n_cells(self) -> int:
-        return self._n_ctx
+        return self._n_cells
 
     @property
     def n_seq_max(self) -> int:
@@ -127,6 +132,10 @@ class LlamaContext:
         has_window = self.kv_class is KVClass.SPAN and self.memory_class.window > 0
         return self.memory_class.window if has_window else None
 
+    @property
+    def exports_whole(self) -> bool:
+        return self._ranges is not None and self._ranges.exports_whole
+
     # ------------------------------------------------------------- compute
 
     def step(self, rows: Sequence[Row]) -> None:
@@ -135,6 +144,7 @@ class LlamaContext:
         Raises DecodeFailed with llama.cpp's status; ValueError, with nothing changed, for rows
         that make no sense (InvalidPrompt for ids outside the vocabulary).
         """
+        self._abort.reset()
         context = self._open_context()
         self._check_rows(rows)
         self._outputs = []
@@ -142,9 +152,10 @@ class LlamaContext:
         status = int(llama_cpp.llama_decode(context, self._batch.native))
         if status != 0:
             for row in rows:
-                self._lengths[row.seq] = _BROKEN
+                self._take_back(row)
             words = DECODE_STATUS.get(status, "llama.cpp failed while computing the step")
-            raise DecodeFailed(words, code=status)
+            failure = DecodeAborted if status == _ABORTED else DecodeFailed
+            raise failure(words, code=status)
         self._check_numbers(rows, outputs)
         for row in rows:
             self._lengths[row.seq] = row.start + len(row.tokens) // 4
@@ -152,28 +163,59 @@ class LlamaContext:
             output if row.logits else None for row, output in zip(rows, outputs, strict=True)
         ]
 
+    def abort(self) -> None:
+        """End the running step at its next graph node. Any thread; on the CPU alone."""
+        self._abort.set()
+
+    def _take_back(self, row: Row) -> None:
+        """After a failed step: the sequence as it was before it, or, where not, empty.
+
+        What llama.cpp has left of the step is not told; a recurrent state is half computed.
+        """
+        ranges, seq = self._ranges, row.seq
+        can_return = (
+            ranges is not None
+            and row.start > 0
+            and self._state.cut(seq, row.start)
+            and self._state.positions(seq)[1] == row.start - 1
+            and ranges.can_stand_at(seq, row.start)
+        )
+        if not can_return:
+            self.drop(seq)
+
     def _check_numbers(self, rows: Sequence[Row], outputs: Sequence[int]) -> None:
-        """Raise DecodeFailed when a row came out as no numbers.
+        """Raise DecodeFailed when a row came out as no numbers; its sequence is then empty.
 
         The cells of such a row must be neither used nor saved: in one pool of cells, without
         flash attention, a single NaN among them makes every other sequence's next step NaN,
         and it stays there until the cells are zeroed.
         """
-        try:
-            for output in outputs:
+        spoilt: set[int] = set()
+        failure: DecodeFailed | None = None
+        for row, output in zip(rows, outputs, strict=True):
+            try:
                 logits.check(self._logits(output))
-        except DecodeFailed:
-            for row in rows:
-                self._lengths[row.seq] = _BROKEN
-            self._tainted = True
-            raise
+            except DecodeFailed as error:
+                spoilt.add(row.seq)
+                failure = error
+        if failure is None:
+            return
+        self._tainted |= spoilt
+        for row in rows:
+            if row.seq in spoilt:
+                self.drop(row.seq)
+            else:
+                self._take_back(row)
+        raise failure
 
-    def sample(self, row: int, sampler: Sampler) -> int:
+    def sample(self, row: int, sampler: Sampler, *, greedy: bool = False) -> int:
         """Draw from the row's logits, which ``step`` found to be numbers."""
         if not isinstance(sampler, LlamaSampler):
             raise TypeError(f"a sampler of this backend's new_sampler, got {sampler!r}")
         output = self._output(row)
-        token: int = llama_cpp.llama_sampler_sample(sampler.chain, self._context, output)
+        chain = sampler.chain_for(greedy=greedy)
+        token: int = llama_cpp.llama_sampler_sample(chain, self._context, output)
+        sampler.note_drawn(token, greedy=greedy)
         return token
 
     def mark(self, row: int, size: int | None) -> Mark:
@@ -182,13 +224,24 @@ class LlamaContext:
 
     # ----------------------------------------------------------- sequences
 
+    def length(self, seq: int) -> int:
+        self._check_sequence(seq)
+        return max(0, self._lengths[seq])
+
     def drop(self, seq: int) -> None:
         if self._context is not None and self._is_sequence(seq):
             self._state.empty(seq)
             self._lengths[seq] = 0
-            if self._tainted and not any(self._lengths):
-                self._state.clear()
-                self._tainted = False
+            if self._tainted:
+                self._heal(seq)
+
+    def _heal(self, seq: int) -> None:
+        """Zero cells that hold NaN: those of ``seq`` alone, or all when nothing is in them."""
+        if seq in self._tainted and self._ranges is not None and self._ranges.zero(seq):
+            self._tainted.discard(seq)
+        if self._tainted and not any(self._lengths):
+            self._state.clear()
+            self._tainted.clear()
 
     def truncate(self, seq: int, length: int) -> bool:
         self._open_context()
@@ -207,24 +260,56 @@ class LlamaContext:
         self._lengths[seq] = length
         return True
 
+    def share(self, source: int, target: int, length: int) -> bool:
+        """See the protocol. ValueError for a length that ``source`` does not have, or a
+        ``target`` that is not empty.
+        """
+        self._open_context()
+        current = self._length(source)
+        if source == target or self._length(target) != 0 or not 0 < length <= current:
+            raise ValueError(
+                f"1 to {current} tokens of sequence {source} can be shared with another one "
+                f"that is empty; {length} were asked for, with sequence {target}"
+            )
+        if self._ranges is not None:
+            done = self._ranges.share(source, target, length)
+        else:
+            done = length == current and self._copy_whole(source, target, length)
+        if done:
+            self._lengths[target] = length
+        return done
+
+    def _copy_whole(self, source: int, target: int, length: int) -> bool:
+        # Not llama.cpp's own copy: a window that sheds cells is pinned by it.
+        data = memoryview(bytearray(self._state.size(source)))
+        try:
+            self._state.read(source, data)
+            self._state.write(target, data, None, length)
+        except StateRejected:
+            return False
+        return True
+
     # --------------------------------------------------------------- state
 
     def range_bytes(self, seq: int, start: int, end: int) -> int:
         self._check_range(seq, start, end)
         return self._transfer().sizes.of(end - start)
 
-    def export_range(self, seq: int, start: int, end: int, into: memoryview) -> None:
-        """Copy the range out. Raises StateRejected when not all of it is there any more,
-        which a sliding window's cells may not be; ValueError for a buffer of another size.
+    def export_ranges(self, seq: int, ranges: Sequence[RangeExport]) -> None:
+        """Copy ranges out. Raises StateRejected when not all of one is there any more, which a
+        sliding window's cells may not be; ValueError for a buffer of another size.
         """
-        expected = self.range_bytes(seq, start, end)
-        if into.nbytes != expected:
-            raise ValueError(f"the range has {expected} bytes, the buffer {into.nbytes}")
-        self._transfer().export(seq, start, end, into)
+        for item in ranges:
+            expected = self.range_bytes(seq, item.start, item.end)
+            if item.into.nbytes != expected:
+                raise ValueError(f"the range has {expected} bytes, the buffer {item.into.nbytes}")
+            if item.into.readonly:
+                raise ValueError("a range is exported into writable memory, got a read-only view")
+        if ranges:
+            self._transfer().export(seq, self._length(seq), ranges)
 
     def import_ranges(self, seq: int, ranges: Sequence[RangeImport]) -> None:
-        """Append stored ranges. While a range is imported all of it, what lies behind ``stop``
-        too, needs free cells. Raises StateRejected; what was restored until then stays until
+        """Append stored ranges. Raises StateRejected; what was restored until then stays until
         the sequence is dropped, and nothing else is left behind.
         """
         self._open_context()
@@ -233,9 +318,9 @@ class LlamaContext:
         self._check_chain(length, ranges)
         # Until the chain is complete and proved so.
         self._lengths[seq] = _BROKEN
-        for part in ranges:
-            transfer.restore(seq, part.start, part.end, part.stop, part.data)
-            length = part.stop
+        transfer.restore(seq, length, ranges)
+        if ranges:
+            length = ranges[-1].stop
         if not transfer.can_stand_at(seq, length):
             raise StateRejected(f"the restored sequence lacks cells before position {length}")
         self._lengths[seq] = length
@@ -276,9 +361,12 @@ class LlamaContext:
     def _is_sequence(self, seq: int) -> bool:
         return 0 <= seq < self._n_seq_max
 
-    def _length(self, seq: int) -> int:
+    def _check_sequence(self, seq: int) -> None:
         if not self._is_sequence(seq):
             raise ValueError(f"sequences are 0 to {self._n_seq_max - 1}, got {seq}")
+
+    def _length(self, seq: int) -> int:
+        self._check_sequence(seq)
         length = self._lengths[seq]
         if length == _BROKEN:
             raise ValueError(f"sequence {seq} failed earlier and must be dropped first")
@@ -344,7 +432,7 @@ class LlamaContext:
                 f"{'ranges' if kv_class is KVClass.SPAN else 'snapshots'}"
             )
 
-    def _transfer(self) -> RangeTransfer:
+    def _transfer(self) -> Ranges:
         self._require(KVClass.SPAN)
         assert self._ranges is not None
         return self._ranges
@@ -364,11 +452,13 @@ class LlamaContext:
 
     # ------------------------------------------------------------- opening
 
-    def _prove(self, model: Any, claim: MemoryClass, scratch: int | None) -> MemoryClass:
-        def decode(count: int) -> None:
-            self._lengths[0] = 0
+    def _prove(
+        self, model: Any, claim: MemoryClass, pools: Pools, scratch: int | None
+    ) -> MemoryClass:
+        def decode(start: int, end: int) -> None:
+            self._lengths[0] = start
             # One by one: a batch may be smaller than the proof.
-            for position in range(count):
+            for position in range(start, end):
                 token = (position % self._n_vocab).to_bytes(4, "little")
                 self.step([Row(0, position, token, logits=False)])
 
@@ -376,6 +466,7 @@ class LlamaContext:
             proved, why = prove(
                 claim,
                 self._state,
+                pools,
                 rope_type=int(llama_cpp.llama_model_rope_type(model)),
                 scratch=scratch,
                 decode=decode,

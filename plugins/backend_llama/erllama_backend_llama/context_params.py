@@ -8,7 +8,7 @@ from typing import Any, Final
 from llama_cpp import llama_cpp
 
 from erllama_core.errors import ModelLoadError, unknown_name
-from erllama_core.interfaces.backend import ContextOptions
+from erllama_core.interfaces.backend import ContextOptions, CostPrior
 
 # enum ggml_type of ggml.h; those that llama.cpp accepts for its cache.
 CACHE_TYPES: Final = {
@@ -29,6 +29,12 @@ _FLASH_ATTENTION: Final = {
     False: llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED,
 }
 _MAX_THREADS: Final = 512
+_THREAD_OPERATIONS: Final = 3e10
+"""Arithmetic operations of a thread in a second; 4.5e10 were measured with SmolLM2-135M Q4_1."""
+_GPU_OPERATIONS: Final = 2e12
+"""Of a build for GPUs. Most do more: until steps were measured, rather too much is restored."""
+_IMPORT_S_PER_BYTE: Final = 1 / 4e9
+"""State copied into a context; 6e9 bytes in a second were measured in memory."""
 _CELL_STEP: Final = 256
 """llama.cpp rounds the number of cells up to a multiple of this (``GGML_PAD`` in
 llama_context's constructor), but clamps the batch to the number before rounding.
@@ -39,11 +45,6 @@ _MAX_CELLS: Final = 2**31 - _CELL_STEP
 
 def check_options(options: ContextOptions) -> None:
     """Raise ModelLoadError for options that llama.cpp refuses, crashes on or ignores."""
-    if not options.kv_unified:
-        raise ModelLoadError(
-            "context_opts.kv_unified = false: this backend keeps one pool of cells for all "
-            "sequences; leave kv_unified at true"
-        )
     limits = {
         "n_ctx": _MAX_CELLS,
         "n_batch": _MAX_CELLS,
@@ -56,6 +57,11 @@ def check_options(options: ContextOptions) -> None:
         value = getattr(options, name)
         if value is not None and not 1 <= value <= limit:
             raise ModelLoadError(f"context_opts.{name} is 1 to {limit}, got {value}")
+    if not options.kv_unified and native_cells(options) > _MAX_CELLS:
+        raise ModelLoadError(
+            f"context_opts.n_ctx = {options.n_ctx} for each of {options.n_seq_max} sequences; "
+            f"all together have {_MAX_CELLS} cells at most. Lower n_ctx or n_seq_max."
+        )
     if options.n_batch <= options.n_seq_max:
         raise ModelLoadError(
             f"context_opts.n_batch = {options.n_batch} must be larger than "
@@ -76,6 +82,12 @@ def check_options(options: ContextOptions) -> None:
         )
 
 
+def native_cells(options: ContextOptions) -> int:
+    """Cells of all sequences together, as llama.cpp counts them."""
+    cells = -(-options.n_ctx // _CELL_STEP) * _CELL_STEP
+    return cells if options.kv_unified else cells * options.n_seq_max
+
+
 def native_params(options: ContextOptions, *, n_seq: int, window: int) -> Any:
     """``struct llama_context_params`` for ``n_seq`` native sequences.
 
@@ -84,7 +96,7 @@ def native_params(options: ContextOptions, *, n_seq: int, window: int) -> Any:
     """
     threads = options.n_threads or default_threads()
     params = llama_cpp.llama_context_default_params()
-    params.n_ctx = -(-options.n_ctx // _CELL_STEP) * _CELL_STEP
+    params.n_ctx = native_cells(options)
     params.n_batch = options.n_batch
     params.n_ubatch = min(options.n_ubatch, options.n_batch)
     params.n_seq_max = n_seq
@@ -105,8 +117,24 @@ def native_params(options: ContextOptions, *, n_seq: int, window: int) -> Any:
     params.type_k = CACHE_TYPES[options.type_k]
     params.type_v = CACHE_TYPES[options.type_v]
     params.swa_full = options.swa_full
-    params.kv_unified = True
+    params.kv_unified = options.kv_unified
     return params
+
+
+def cost_prior(model: Any, options: ContextOptions) -> CostPrior:
+    """A guess from the number of weights and threads, within a factor of ten or so.
+
+    A token takes two operations for each weight. Mixtures of experts use a part of their
+    weights only, and processors differ; a few measured steps replace the guess.
+    """
+    if llama_cpp.llama_supports_gpu_offload():
+        per_second = _GPU_OPERATIONS
+    else:
+        per_second = _THREAD_OPERATIONS * (options.n_threads or default_threads())
+    weights = int(llama_cpp.llama_model_n_params(model))
+    return CostPrior(
+        compute_s_per_token=2 * weights / per_second, import_s_per_byte=_IMPORT_S_PER_BYTE
+    )
 
 
 def default_threads() -> int:

@@ -8,7 +8,7 @@ from typing import Final
 
 from erllama_backend_llama import native
 from erllama_backend_llama.kv_class import MemoryClass
-from erllama_core.interfaces.backend import ContextOptions, Identity
+from erllama_core.interfaces.backend import ContextOptions, Identity, KVClass
 
 _NO_ROTATION: Final = "LLAMA_ATTN_ROT_DISABLE"
 """llama.cpp rotates K and V before it quantises them, unless this variable is set."""
@@ -36,6 +36,8 @@ def state_identity(
         "rotation_disabled": os.environ.get(_NO_ROTATION, ""),
         **rope,
     }
+    if memory.kv_class is KVClass.WHOLE and not options.kv_unified:
+        identity["n_seq_max"] = options.n_seq_max  # a whole state names every pool of cells
     if memory.window:
         identity["swa_full"] = options.swa_full
     if _has_two_ropes(rope):

@@ -30,7 +30,8 @@ _RANDOM_SEED: Final = 0xFFFFFFFF
 class LlamaSampler:
     """A chain: penalties, then greedy, or top-k, top-p, min-p, temperature and a draw.
 
-    Owns its native chain, which ``close`` (or the end of the object) frees once. Made on any
+    A second chain, made when first asked for, chooses greedily after the same penalties. Owns
+    its native chains, which ``close`` (or the end of the object) frees once. Made on any
     thread, used by one. Seeds are 0 to 2**32 - 1; the largest draws as the one below it.
     Raises ValueError for parameters that mean nothing.
     """
@@ -40,18 +41,19 @@ class LlamaSampler:
 
     def __init__(self, params: SamplingParams, history: PackedTokens, n_vocab: int) -> None:
         self._chain: Any = None
+        self._greedy_chain: Any = None
         _check(params)
+        self._is_greedy = params.temperature <= 0.0
+        self._has_penalties = params.repetition_penalty != 1.0
         self._n_vocab = n_vocab
-        chain_params = llama_cpp.llama_sampler_chain_default_params()
-        chain_params.no_perf = True
-        self._chain = llama_cpp.llama_sampler_chain_init(chain_params)
-        if params.repetition_penalty != 1.0:
+        self._chain = _new_chain()
+        if self._has_penalties:
             self._add(
                 llama_cpp.llama_sampler_init_penalties(
                     n_vocab, PENALTY_WINDOW, params.repetition_penalty, 0.0, 0.0
                 )
             )
-        if params.temperature <= 0.0:
+        if self._is_greedy:
             self._add(llama_cpp.llama_sampler_init_greedy())
         else:
             # 1 keeps at least one token, whatever the cut.
@@ -60,7 +62,7 @@ class LlamaSampler:
             self._add(llama_cpp.llama_sampler_init_min_p(params.min_p, 1))
             self._add(llama_cpp.llama_sampler_init_temp(params.temperature))
             self._add(llama_cpp.llama_sampler_init_dist(min(params.seed, _RANDOM_SEED - 1)))
-        if params.repetition_penalty != 1.0:
+        if self._has_penalties:
             self._note(history)
 
     @property
@@ -70,7 +72,33 @@ class LlamaSampler:
             raise EngineClosed("the sampler was closed; its request has ended")
         return self._chain
 
-    def sample_mark(self, mark: Mark) -> int:
+    def chain_for(self, *, greedy: bool) -> Any:
+        """The native chain to draw with; :meth:`note_drawn` must follow the draw.
+
+        Raises EngineClosed once it was freed.
+        """
+        chain = self.chain
+        if not greedy or self._is_greedy:
+            return chain
+        if self._greedy_chain is None:
+            self._greedy_chain = _new_chain()
+            if self._has_penalties:
+                penalties = llama_cpp.llama_sampler_chain_get(chain, 0)
+                llama_cpp.llama_sampler_chain_add(
+                    self._greedy_chain, llama_cpp.llama_sampler_clone(penalties)
+                )
+            llama_cpp.llama_sampler_chain_add(
+                self._greedy_chain, llama_cpp.llama_sampler_init_greedy()
+            )
+        return self._greedy_chain
+
+    def note_drawn(self, token: int, *, greedy: bool) -> None:
+        """Tell the chain that a token was not drawn with, for its penalties."""
+        if self._has_penalties and self._greedy_chain is not None:
+            other = self._chain if greedy else self._greedy_chain
+            llama_cpp.llama_sampler_accept(other, token)
+
+    def sample_mark(self, mark: Mark, *, greedy: bool = False) -> int:
         """Draw from stored logits what a forward pass would have drawn, bit for bit.
 
         The caller has asked ``mark.serves``. Raises ValueError for a mark of another
@@ -98,19 +126,22 @@ class LlamaSampler:
             selected=-1,
             sorted=False,
         )
-        chain = self.chain
+        chain = self.chain_for(greedy=greedy)
         llama_cpp.llama_sampler_apply(chain, ctypes.byref(array))
         # Samplers shrink, sort, and may move the array; only its own fields say where it is.
         if not 0 <= array.selected < array.size:
             raise DecodeFailed("the sampling chain chose no token", code=0)
         token = int(array.data[array.selected].id)
         llama_cpp.llama_sampler_accept(chain, token)
+        self.note_drawn(token, greedy=greedy)
         return token
 
     def close(self) -> None:
-        chain, self._chain = self._chain, None
-        if chain is not None:
-            self._free(chain)
+        chains = (self._chain, self._greedy_chain)
+        self._chain = self._greedy_chain = None
+        for chain in chains:
+            if chain is not None:
+                self._free(chain)
 
     def __del__(self) -> None:
         self.close()
@@ -130,6 +161,12 @@ class LlamaSampler:
             )
         for token in tokens.tolist():
             llama_cpp.llama_sampler_accept(self._chain, token)
+
+
+def _new_chain() -> Any:
+    params = llama_cpp.llama_sampler_chain_default_params()
+    params.no_perf = True
+    return llama_cpp.llama_sampler_chain_init(params)
 
 
 def _check(params: SamplingParams) -> None:

@@ -13,14 +13,15 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Iterator
-from typing import Any, Final
+from collections.abc import Iterator, Sequence
+from typing import Any, Final, Protocol
 
 import attrs
 import numpy as np
 from llama_cpp import llama_cpp
 
 from erllama_core.errors import StateRejected
+from erllama_core.interfaces.backend import RangeExport, RangeImport
 
 _BYTES: Final = ctypes.POINTER(ctypes.c_uint8)
 
@@ -112,14 +113,55 @@ class SequenceState:
         return None
 
 
-class RangeTransfer:
-    """Ranges of cells, in and out through one sequence that is otherwise empty. One thread.
+class Ranges(Protocol):
+    """Ranges of tokens, in and out of sequences, and from one to another. One thread."""
+
+    @property
+    def sizes(self) -> RangeSizes: ...
+
+    @property
+    def exports_whole(self) -> bool:
+        """Whether an export reads the whole sequence."""
+        ...
+
+    def export(self, seq: int, length: int, ranges: Sequence[RangeExport]) -> None:
+        """Copy out of a sequence of ``length`` tokens.
+
+        Raises StateRejected when not all is there; what was copied is then garbage.
+        """
+        ...
+
+    def restore(self, seq: int, length: int, ranges: Sequence[RangeImport]) -> None:
+        """Append to a sequence of ``length`` tokens. Raises StateRejected; ``seq`` must then
+        be emptied.
+        """
+        ...
+
+    def can_stand_at(self, seq: int, length: int) -> bool:
+        """Whether every cell that the token at ``length`` looks back to is there."""
+        ...
+
+    def share(self, source: int, target: int, length: int) -> bool:
+        """Give the empty ``target`` the first tokens of ``source``; False, and it is empty,
+        when it cannot be done.
+        """
+        ...
+
+    def zero(self, seq: int) -> bool:
+        """Zero every cell that the empty ``seq`` could get; False where that cannot be done."""
+        ...
+
+
+class UnifiedRanges:
+    """Ranges in one pool of cells, in and out through one sequence that is otherwise empty.
 
     ``window``: positions that a sliding window looks back over, 0 where there is none.
     llama.cpp gives cells that lie behind a sequence's window to whoever needs cells, even
     when it keeps them (``swa_full``). They do not matter where the sequence stands, but an
     export or a cut that reaches back to them must be refused; only the size shows it.
     """
+
+    exports_whole: Final = False
 
     def __init__(
         self, state: SequenceState, *, scratch: int, sizes: RangeSizes, window: int
@@ -129,35 +171,49 @@ class RangeTransfer:
         self._window = window
         self.sizes: Final = sizes
 
-    def export(self, seq: int, start: int, end: int, into: memoryview) -> None:
-        """Raises StateRejected when the range is not there whole; ``into`` is then garbage."""
-        with self._using_scratch() as scratch:
-            self._state.share(seq, scratch, start, end)
-            self._state.read(scratch, into)
+    def export(self, seq: int, length: int, ranges: Sequence[RangeExport]) -> None:
+        del length
+        for item in ranges:
+            with self._using_scratch() as scratch:
+                self._state.share(seq, scratch, item.start, item.end)
+                self._state.read(scratch, item.into)
 
-    def restore(self, seq: int, start: int, end: int, stop: int, data: memoryview) -> None:
-        """Append cells [start, stop) of the exported range [start, end) to ``seq``.
-
-        All of the range needs free cells for a moment. Raises StateRejected; ``seq`` is as it
-        was.
+    def restore(self, seq: int, length: int, ranges: Sequence[RangeImport]) -> None:
+        """See the protocol. While a range is imported all of it, what lies behind ``stop`` too,
+        needs free cells.
         """
-        expected = self.sizes.of(end - start)
-        if data.nbytes != expected:
-            raise StateRejected(
-                f"a range of {end - start} tokens has {expected} bytes here, got {data.nbytes}"
-            )
-        with self._using_scratch() as scratch:
-            self._state.write(scratch, data, start, end)
-            self._state.share(scratch, seq, start, stop)
+        del length
+        for item in ranges:
+            tokens = item.end - item.start
+            expected = self.sizes.of(tokens)
+            if item.data.nbytes != expected:
+                raise StateRejected(
+                    f"a range of {tokens} tokens has {expected} bytes here, got {item.data.nbytes}"
+                )
+            with self._using_scratch() as scratch:
+                self._state.write(scratch, item.data, item.start, item.end)
+                self._state.share(scratch, seq, item.start, item.stop)
 
     def can_stand_at(self, seq: int, length: int) -> bool:
-        """Whether every cell that the token at ``length`` looks back to is there."""
         start = max(0, length - self._window + 1) if self._window else 0
         if start >= length:
             return True
         with self._using_scratch() as scratch:
             self._state.share(seq, scratch, start, length)
             return self._state.size(scratch) == self.sizes.of(length - start)
+
+    def share(self, source: int, target: int, length: int) -> bool:
+        """See the protocol. Nothing is copied, both have the same cells."""
+        self._state.share(source, target, 0, length)
+        if self.can_stand_at(target, length):
+            return True
+        self._state.empty(target)
+        return False
+
+    def zero(self, seq: int) -> bool:
+        """See the protocol. It could get any cell of the pool, so it cannot be done."""
+        del seq
+        return False
 
     @contextlib.contextmanager
     def _using_scratch(self) -> Iterator[int]:

@@ -18,6 +18,7 @@ from erllama_core.interfaces.backend import (
     BackendRequest,
     ContextOptions,
     Mark,
+    RangeExport,
     RangeImport,
     Row,
 )
@@ -76,7 +77,7 @@ class Bench:
 
     def export(self, seq: int, start: int, end: int) -> bytes:
         into = bytearray(self.context.range_bytes(seq, start, end))
-        self.context.export_range(seq, start, end, memoryview(into))
+        self.context.export_ranges(seq, [RangeExport(start, end, memoryview(into))])
         return bytes(into)
 
     def export_chain(self, seq: int, cuts: Sequence[int]) -> list[Block]:

@@ -81,7 +81,7 @@ def test_unknown_architecture_carries_the_native_reason(
 @pytest.mark.parametrize(
     ("context", "words"),
     [
-        ({"kv_unified": False}, "kv_unified"),
+        ({"kv_unified": False, "n_ctx": 2**24, "n_seq_max": 200}, "n_ctx or n_seq_max"),
         ({"n_ctx": 0}, "n_ctx"),
         ({"n_batch": 0}, "n_batch"),
         ({"n_ubatch": 0}, "n_ubatch"),
@@ -124,11 +124,12 @@ def test_context_that_llama_cpp_refuses_carries_the_native_reason(
     ],
 )
 @pytest.mark.parametrize("arch", ["llama", "gemma3", "lfm2"])
+@pytest.mark.parametrize("unified", [True, False])
 def test_the_smallest_contexts_open(
-    bench: Callable[..., Any], arch: str, context: dict[str, Any]
+    bench: Callable[..., Any], arch: str, context: dict[str, Any], unified: bool
 ) -> None:
     """What passes the checks does not make llama.cpp abort, and computes."""
-    b = bench(arch, **context)
+    b = bench(arch, kv_unified=unified, **context)
     assert b.context.n_ctx == 256
     assert b.context.n_batch > b.context.n_seq_max or b.context.n_batch == context["n_batch"]
     for seq in range(min(3, b.context.n_seq_max)):

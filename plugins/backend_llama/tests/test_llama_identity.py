@@ -20,6 +20,7 @@ Tiny = Callable[..., Path]
         ({"flash_attn": True}, {"flash_attn": False}),
         ({"type_k": "f16"}, {"type_k": "q8_0"}),
         ({"type_v": "f16"}, {"type_v": "f32"}),
+        ({"kv_unified": True}, {"kv_unified": False}),
     ],
 )
 def test_incompatible_contexts_differ(
@@ -42,6 +43,13 @@ def test_sizes_and_threads_do_not_matter(bench: Bench) -> None:
     """Contexts that exchange state freely have one identity."""
     options = {"n_ctx": 4096, "n_seq_max": 7, "n_batch": 64, "n_ubatch": 32, "n_threads": 2}
     assert bench("llama").model.identity() == bench("llama", **options).model.identity()
+
+
+def test_the_number_of_separate_pools_matters_for_whole_states_only(bench: Bench) -> None:
+    """A range names its own cells alone, a whole state every pool there is."""
+    for arch, matters in (("llama", False), ("lfm2", True)):
+        few, many = (bench(arch, kv_unified=False, n_seq_max=n).model.identity() for n in (2, 3))
+        assert (few != many) is matters
 
 
 def test_kept_and_dropped_window_cells_differ(bench: Bench) -> None:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 from structlog.testing import capture_logs
 
 from erllama_backend_llama import kv_class as kv_class_module
-from erllama_backend_llama.kv_class import v_transposed
-from erllama_backend_llama.state import RangeTransfer, SequenceState
+from erllama_backend_llama.layout import v_transposed
+from erllama_backend_llama.state import SequenceState, UnifiedRanges
 from erllama_core.errors import ModelLoadError, StateRejected
-from erllama_core.interfaces.backend import KVClass, Row
+from erllama_core.interfaces.backend import KVClass, RangeImport, Row
 
 Bench = Callable[..., Any]
 
@@ -26,6 +26,9 @@ Bench = Callable[..., Any]
         ("mamba", {}, KVClass.WHOLE, None),
         ("lfm2", {}, KVClass.WHOLE, None),
         ("qwen35", {}, KVClass.WHOLE, None),
+        ("llama", {"kv_unified": False}, KVClass.SPAN, None),
+        ("gemma3", {"kv_unified": False}, KVClass.WHOLE, None),
+        ("lfm2", {"kv_unified": False}, KVClass.WHOLE, None),
     ],
 )
 @pytest.mark.parametrize("flash_attn", [False, "auto"])
@@ -63,13 +66,14 @@ def test_a_failed_proof_falls_back_to_whole_states(
     """Where ranges do not come back as they were, snapshots are used, with a warning."""
 
     def restore_too_little(
-        self: RangeTransfer, seq: int, start: int, end: int, stop: int, data: memoryview
+        self: UnifiedRanges, seq: int, _length: int, ranges: Sequence[RangeImport]
     ) -> None:
-        with self._using_scratch() as scratch:
-            self._state.write(scratch, data, start, end)
-            self._state.share(scratch, seq, start, max(start + 1, stop - 1))
+        for item in ranges:
+            with self._using_scratch() as scratch:
+                self._state.write(scratch, item.data, item.start, item.end)
+                self._state.share(scratch, seq, item.start, max(item.start + 1, item.stop - 1))
 
-    monkeypatch.setattr(RangeTransfer, "restore", restore_too_little)
+    monkeypatch.setattr(UnifiedRanges, "restore", restore_too_little)
     with capture_logs() as logs:
         b = bench("llama", n_seq_max=2)
     assert b.context.kv_class is KVClass.WHOLE
@@ -81,6 +85,32 @@ def test_a_failed_proof_falls_back_to_whole_states(
     b.restore_snapshot(1, 40, data)
     assert not b.truncate(1, 20)
     b.decode(1, [1])
+
+
+@pytest.mark.parametrize("flash_attn", [False, True])
+def test_a_layout_that_is_not_as_known_is_not_cut(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, flash_attn: bool
+) -> None:
+    """Separate cells of a build that lays out state otherwise are stored whole."""
+    original = SequenceState.read
+
+    def other(self: SequenceState, seq: int, into: memoryview) -> None:
+        original(self, seq, into)
+        if len(into) > 100:
+            into[8 + 4 * 3 :] = bytes(into[8 + 4 * 3 + 4 :]) + b"more"  # a count is missing
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kv_class_module, "prove_whole", lambda _state: None)
+        patch.setattr(SequenceState, "read", other)
+        with capture_logs() as logs:
+            b = bench("llama", n_seq_max=3, kv_unified=False, flash_attn=flash_attn)
+    assert (b.context.kv_class, b.context.exports_whole) == (KVClass.WHOLE, False)
+    assert "llama.state.whole_only" in str(logs)
+    b.feed(0, list(range(40)))
+    assert not b.context.share(0, 1, 39)
+    assert b.context.share(0, 1, 40)
+    b.lengths[1] = 40
+    assert (b.decode(1, [5, 6]) == b.decode(0, [5, 6])).all()
 
 
 def test_a_model_whose_state_cannot_be_restored_is_not_loaded(
@@ -98,9 +128,9 @@ def test_a_model_whose_state_cannot_be_restored_is_not_loaded(
 
 def test_unknown_layouts_are_unknown() -> None:
     """A blob that is laid out otherwise gives None, not a guess."""
-    assert v_transposed(b"", has_more_positions=False) is None
-    assert v_transposed(bytes(400), has_more_positions=False) is None
-    assert v_transposed(b"\1\0\0\0" * 100, has_more_positions=True) is None
+    for blob in (b"", bytes(400), b"\1\0\0\0" * 100):
+        for more in (False, True):
+            assert v_transposed(blob, tokens=3, streams=1, has_more_positions=more) is None
 
 
 def test_sizes_are_proved_not_assumed(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

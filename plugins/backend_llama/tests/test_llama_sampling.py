@@ -204,3 +204,47 @@ def test_demo_marks_draw_what_the_row_draws(bench: Bench, demo_model_path: Path,
     live, stored = (b.model.new_sampler(params, tokens) for _ in range(2))
     drawn = [b.context.sample(0, live) for _ in range(50)]
     assert [stored.sample_mark(mark) for _ in range(50)] == drawn
+
+
+@pytest.mark.parametrize("name", PARAMS)
+@pytest.mark.parametrize("by_mark", [False, True])
+def test_single_tokens_may_be_greedy(bench: Bench, name: str, by_mark: bool) -> None:
+    """A greedy draw is what a greedy sampler with the same past draws, and uses up no number
+    of the seed: the draws between are those of a sampler that never was greedy.
+    """
+    params = PARAMS[name]
+    b = bench("llama")
+    b.feed(0, TOKENS)
+    mark = b.context.mark(0, None)
+    history = list(TOKENS)
+    mixed = b.model.new_sampler(params, b.pack(history))
+    without_penalties = params.repetition_penalty == 1.0
+    plain = b.model.new_sampler(params, b.pack(history))
+    for turn in range(40):
+        greedy = turn % 3 != 0
+        reference = plain
+        if greedy:
+            reference = b.model.new_sampler(attrs.evolve(params, temperature=0.0), b.pack(history))
+        if by_mark:
+            token = mixed.sample_mark(mark, greedy=greedy)
+        else:
+            token = b.context.sample(0, mixed, greedy=greedy)
+        if greedy or without_penalties:
+            assert token == reference.sample_mark(mark)
+        history.append(token)
+    mixed.close()
+    with pytest.raises(EngineClosed):
+        b.context.sample(0, mixed, greedy=True)
+
+
+def test_penalties_count_what_was_drawn_greedily(bench: Bench) -> None:
+    """A sampler that was greedy for a while goes on as a new one with the same past."""
+    params = SamplingParams(temperature=1.0, repetition_penalty=5.0, seed=7)
+    b = bench("llama")
+    b.feed(0, TOKENS)
+    sampler = b.model.new_sampler(params, b"")
+    drawn = [b.context.sample(0, sampler, greedy=True) for _ in range(8)]
+    assert len(set(drawn)) > 4
+    new = b.model.new_sampler(params, b.pack(drawn))
+    after = [b.context.sample(0, sampler) for _ in range(10)]
+    assert after == [b.context.sample(0, new) for _ in range(10)]

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from erllama_core.errors import NotSupported, StateRejected
-from erllama_core.interfaces.backend import KVClass, RangeImport
+from erllama_core.interfaces.backend import KVClass, RangeExport, RangeImport
 
 Bench = Callable[..., Any]
 
@@ -103,15 +103,45 @@ def test_truncated_sequence_goes_on_as_a_fresh_one(bench: Bench, arch: str) -> N
         ("qwen35", {}),
         ("gemma3", {"swa_full": False}),
         ("qwen35", {"flash_attn": True}),
+        ("gemma3", {"kv_unified": False}),
+        ("gemma3", {"kv_unified": False, "swa_full": False}),
+        ("lfm2", {"kv_unified": False}),
+        ("mamba", {"kv_unified": False}),
     ],
 )
 def test_whole_state_restores_exactly(bench: Bench, arch: str, options: dict[str, Any]) -> None:
     """A snapshot restored into another context goes on bit for bit as the original does."""
-    source = bench(arch, n_ctx=1024, n_ubatch=64, **options)
+    source = bench(arch, n_ctx=1024, n_ubatch=64, n_seq_max=3, **options)
     target = bench(arch, n_ctx=2048, n_seq_max=3, **options)
     assert source.context.kv_class is KVClass.WHOLE
     source.feed(0, TOKENS)
     target.restore_snapshot(2, 400, source.snapshot(0))
+    assert np.array_equal(target.decode(2, NEXT), source.decode(0, NEXT))
+
+
+@pytest.mark.parametrize("flash_attn", [False, True])
+@pytest.mark.parametrize("types", [("f16", "f16"), ("f32", "bf16")])
+def test_separate_cells_restore_to_the_bit_beside_others(
+    bench: Bench, flash_attn: bool, types: tuple[str, str]
+) -> None:
+    """Cut, joined, appended to what is there, or shared: nobody else's cells are in the way."""
+    kv = {"type_k": types[0], "type_v": types[1], "flash_attn": flash_attn, "kv_unified": False}
+    source = bench("llama", n_ctx=1024, **kv)
+    target = bench("llama", n_ctx=2048, n_seq_max=4, n_ubatch=128, **kv)
+    source.feed(0, TOKENS)
+    target.feed(1, TOKENS[7:200])
+    blocks = source.export_chain(0, cuts_of(400, 90))
+    target.restore(3, blocks[:2])
+    target.restore(3, blocks[2:])
+    assert target.export_chain(3, cuts_of(400, 90)) == blocks
+    assert target.context.share(3, 0, 400)
+    assert target.context.share(3, 2, 217)
+    target.lengths[0], target.lengths[2] = 400, 217
+    assert source.truncate(0, 400)
+    expected = source.decode(0, NEXT)
+    assert np.array_equal(target.decode(3, NEXT), expected)
+    assert np.array_equal(target.decode(0, NEXT), expected)
+    source.truncate(0, 217)
     assert np.array_equal(target.decode(2, NEXT), source.decode(0, NEXT))
 
 
@@ -169,10 +199,10 @@ def damaged(data: bytes) -> list[bytes]:
     ]
 
 
-@pytest.mark.parametrize("arch", ["llama", "gemma3"])
-def test_damaged_ranges_leave_nothing_behind(bench: Bench, arch: str) -> None:
+@pytest.mark.parametrize(("arch", "unified"), [("llama", True), ("gemma3", True), ("llama", False)])
+def test_damaged_ranges_leave_nothing_behind(bench: Bench, arch: str, unified: bool) -> None:
     """Bytes that are no state of that range are refused, and all cells stay usable."""
-    b = bench(arch, n_ctx=256, n_seq_max=2)
+    b = bench(arch, n_ctx=256, n_seq_max=2, kv_unified=unified)
     b.feed(0, TOKENS[:64])
     good = b.export_chain(0, cuts_of(64, 32))
     for data in damaged(good[1][2]):
@@ -181,11 +211,12 @@ def test_damaged_ranges_leave_nothing_behind(bench: Bench, arch: str) -> None:
         with pytest.raises(ValueError, match="dropped"):
             b.truncate(1, 1)
         b.drop(1)
-        assert b.context._state.positions(2) == (-1, -1)
+        if unified:
+            assert b.context._state.positions(2) == (-1, -1)
     # Every cell that seq 0 does not have is free, and nothing else is in the state.
     b.restore(1, good)
     b.drop(1)
-    b.feed(1, TOKENS[:192])
+    b.feed(1, TOKENS[: 192 if unified else 256])
 
 
 @pytest.mark.parametrize("arch", ["mamba", "lfm2", "qwen35"])
@@ -204,13 +235,14 @@ def test_damaged_snapshots_leave_the_sequence_empty(bench: Bench, arch: str) -> 
     b.feed(1, NEXT)
 
 
-def test_a_range_of_another_layout_is_refused(bench: Bench) -> None:
+@pytest.mark.parametrize("unified", [True, False])
+def test_a_range_of_another_layout_is_refused(bench: Bench, unified: bool) -> None:
     """State of a context with another V layout or element type is not taken for this one's."""
-    source = bench("llama", n_seq_max=1)
+    source = bench("llama", n_seq_max=1, kv_unified=unified)
     source.feed(0, TOKENS[:64])
     block = (0, 64, source.export(0, 0, 64))
-    for options in ({"flash_attn": True}, {"type_k": "q8_0"}):
-        target = bench("llama", n_seq_max=1, **options)
+    for options in ({"flash_attn": True}, {"type_k": "q8_0"}, {"type_k": "bf16"}):
+        target = bench("llama", n_seq_max=1, kv_unified=unified, **options)
         with pytest.raises(StateRejected):
             target.restore(0, [block])
 
@@ -244,9 +276,9 @@ def test_export_needs_a_buffer_of_the_right_size(bench: Bench) -> None:
     size = b.context.range_bytes(0, 8, 40)
     for wrong in (size - 1, size + 1):
         with pytest.raises(ValueError, match="bytes"):
-            b.context.export_range(0, 8, 40, memoryview(bytearray(wrong)))
+            b.context.export_ranges(0, [RangeExport(8, 40, memoryview(bytearray(wrong)))])
     with pytest.raises(ValueError, match="writable"):
-        b.context.export_range(0, 8, 40, memoryview(bytes(size)))
+        b.context.export_ranges(0, [RangeExport(8, 40, memoryview(bytes(size)))])
     assert b.context._state.positions(1) == (-1, -1)
 
 
@@ -366,9 +398,10 @@ def test_mixed_load(bench: Bench, arch: str, flash_attn: bool, seed: int, roundi
 
 
 @pytest.mark.real_model
-def test_demo_model_restores_exactly(bench: Bench, demo_model_path: Path) -> None:
+@pytest.mark.parametrize("unified", [True, False])
+def test_demo_model_restores_exactly(bench: Bench, demo_model_path: Path, unified: bool) -> None:
     """On a real model, without flash attention, restored ranges go on bit for bit."""
-    live, restored = bench(demo_model_path), bench(demo_model_path)
+    live, restored = (bench(demo_model_path, kv_unified=unified) for _ in range(2))
     assert live.context.kv_class is KVClass.SPAN
     live.feed(0, TOKENS[:100])
     restored.restore(0, live.export_chain(0, [0, 64, 100]))

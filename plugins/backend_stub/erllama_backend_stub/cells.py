@@ -52,7 +52,7 @@ class CellMaker:
 
 
 class CellPool:
-    """A number of cells in one buffer, free or taken. Used by one thread.
+    """A number of cells in one buffer, free or taken, by one or by several. Used by one thread.
 
     A cell that is given back keeps its bytes until it is taken and written again: whoever
     reads it meanwhile reads something stale, as with a real buffer.
@@ -62,6 +62,8 @@ class CellPool:
         self._cell_bytes = cell_bytes
         self._data = bytearray(n_cells * cell_bytes)
         self._free = array("I", range(n_cells - 1, -1, -1))
+        self._sharers: dict[int, int] = {}
+        """How many have a cell besides the first; cells that one alone has are not in it."""
 
     @property
     def n_free(self) -> int:
@@ -75,8 +77,21 @@ class CellPool:
         del self._free[left:]
         return taken
 
+    def share(self, cells: array[int]) -> None:
+        """Somebody else has these cells too; each must be given back by both."""
+        for cell in cells:
+            self._sharers[cell] = self._sharers.get(cell, 0) + 1
+
     def give_back(self, cells: array[int]) -> None:
+        if self._sharers:
+            cells = array("I", filter(self._is_last, cells))
         self._free.extend(reversed(cells))
+
+    def _is_last(self, cell: int) -> bool:
+        others = self._sharers.pop(cell, 0)
+        if others > 1:
+            self._sharers[cell] = others - 1
+        return not others
 
     def write(self, cells: array[int], data: bytes | memoryview) -> None:
         """Write consecutive cells' bytes to ``cells``."""

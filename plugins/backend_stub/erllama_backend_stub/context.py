@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import struct
 import threading
-import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from typing import Final, NoReturn
@@ -19,12 +18,14 @@ from erllama_backend_stub.sampler import StubSampler
 from erllama_backend_stub.script import Script
 from erllama_backend_stub.sequence import STATE_BYTES, Sequence
 from erllama_backend_stub.status import Status
-from erllama_backend_stub.vocabulary import N_TOKENS
-from erllama_core.errors import DecodeFailed, StateRejected
+from erllama_backend_stub.vocabulary import size_of_vocabulary
+from erllama_core.errors import DecodeAborted, DecodeFailed, StateRejected
 from erllama_core.interfaces.backend import (
     ContextOptions,
+    CostPrior,
     KVClass,
     Mark,
+    RangeExport,
     RangeImport,
     Row,
     Sampler,
@@ -34,10 +35,11 @@ from erllama_core.interfaces.backend import (
 class StubContext:
     """See ``erllama_core.interfaces.backend.Context``, whose contract it also enforces.
 
-    A failed step or import leaves its sequences undefined: until it is dropped, such a
-    sequence cannot be truncated, exported or imported into, and a step with it fails. A
-    failed export changes nothing. All calls must come from the thread of the first one, and
-    none after ``close``: RuntimeError otherwise. A sequence number that does not exist is a
+    After a failed step SPAN sequences are as they were before it, others are empty. A failed
+    import leaves its sequence undefined: until it is dropped, it cannot be truncated, shared,
+    exported or imported into, and a step with it fails. A failed export changes nothing. All
+    calls but ``abort`` must come from the thread of the first one, and none after ``close``:
+    RuntimeError otherwise. A sequence number that does not exist is a
     ValueError, in a step DecodeFailed like every other mistake in its rows.
     """
 
@@ -58,6 +60,7 @@ class StubContext:
         self.n_batch: Final = context.n_batch
         self.n_cells: Final = context.n_ctx * (1 if context.kv_unified else context.n_seq_max)
         self.max_block_tokens: Final = options.max_block_tokens
+        self.exports_whole: Final = not context.kv_unified
         self._cell_bytes = maker.cell_bytes
         n_pools = 1 if context.kv_unified else context.n_seq_max
         self._pools = [CellPool(context.n_ctx, maker.cell_bytes) for _ in range(n_pools)]
@@ -71,8 +74,18 @@ class StubContext:
             for seq in range(context.n_seq_max)
         ]
         self._rows: list[LogitRow | None] = []
+        self._aborted = threading.Event()
+        self._never = threading.Event()
         self._thread: int | None = None
         self._closed = False
+
+    @property
+    def cost_prior(self) -> CostPrior | None:
+        """What the options declare; by default None, so that tests see what is stored reused."""
+        declared_us = self._options.declared_us_per_token
+        if declared_us is None:
+            return None
+        return CostPrior(compute_s_per_token=declared_us / 1e6, import_s_per_byte=1e-9)
 
     # -------------------------------------------------------------- guards
 
@@ -103,27 +116,41 @@ class StubContext:
         """
         self._enter()
         self._rows = []
+        self._aborted.clear()
         try:
             tokens = [self._row_tokens(row) for row in rows]
             self._check_batch(rows, tokens)
             self._meet_fault()
+            self._sleep([len(row_tokens) for row_tokens in tokens])
+            if self._aborted.is_set():
+                raise DecodeAborted("the step was aborted", code=int(Status.ABORTED))
         except DecodeFailed:
             for row in rows:
                 if 0 <= row.seq < self.n_seq_max:
-                    self._sequences[row.seq].must_drop = True
+                    self._take_back(self._sequences[row.seq])
             raise
         for row, row_tokens in zip(rows, tokens, strict=True):
             sequence = self._sequences[row.seq]
             sequence.compute(row_tokens)
             self._rows.append(self._logits(sequence) if row.logits else None)
-        self._sleep([len(row_tokens) for row_tokens in tokens])
+
+    def abort(self) -> None:
+        """See the protocol. Ends a step that hangs or sleeps."""
+        self._aborted.set()
+        self._faults.gate.wake()
+
+    def _take_back(self, sequence: Sequence) -> None:
+        """What a failed step leaves of a sequence that did not fail before."""
+        if self.kv_class is not KVClass.SPAN and not sequence.must_drop:
+            sequence.clear()
 
     def _row_tokens(self, row: Row) -> tuple[int, ...]:
         if not row.tokens or len(row.tokens) % 4:
             _fail(Status.INVALID_BATCH, f"a row of {len(row.tokens)} bytes of u32 tokens")
         tokens = struct.unpack(f"<{len(row.tokens) // 4}I", row.tokens)
-        if (top := max(tokens)) >= N_TOKENS:
-            _fail(Status.INVALID_BATCH, f"token {top} is outside the vocabulary of {N_TOKENS}")
+        n_tokens = size_of_vocabulary(digraphs=self._options.digraphs)
+        if (top := max(tokens)) >= n_tokens:
+            _fail(Status.INVALID_BATCH, f"token {top} is outside the vocabulary of {n_tokens}")
         return tokens
 
     def _check_batch(self, rows: Items[Row], tokens: Items[tuple[int, ...]]) -> None:
@@ -165,7 +192,8 @@ class StubContext:
     def _meet_fault(self) -> None:
         fault = self._faults.next_step()
         if fault.hangs:
-            self._faults.gate.pass_through()
+            deaf = self._faults.hang_deaf
+            self._faults.gate.pass_through(self._never if deaf else self._aborted)
         if fault.fails:
             _fail(Status.COMPUTE_FAILED, f"injected fault in step {fault.ordinal}")
 
@@ -175,7 +203,7 @@ class StubContext:
         if 1 in lengths:
             cost_us += self._options.decode_us
         if cost_us > 0:
-            time.sleep(cost_us / 1e6)
+            self._aborted.wait(cost_us / 1e6)
 
     def _logits(self, sequence: Sequence) -> LogitRow:
         forced = self._script.next_token(sequence.tape()) if self._script else None
@@ -188,18 +216,22 @@ class StubContext:
             raise ValueError(f"row {row} of the last step has no logits")
         return found
 
-    def sample(self, row: int, sampler: Sampler) -> int:
+    def sample(self, row: int, sampler: Sampler, *, greedy: bool = False) -> int:
         """See the protocol. Raises ValueError for a row without logits."""
         logits = self._row(row)
         if not isinstance(sampler, StubSampler):
             raise TypeError(f"a {type(sampler).__name__} is not a sampler of this model")
-        return sampler.sample_row(logits)
+        return sampler.sample_row(logits, greedy=greedy)
 
     def mark(self, row: int, size: int | None) -> Mark:
         """See the protocol. Raises ValueError for a row without logits."""
         return self._row(row).mark(size)
 
     # ----------------------------------------------------------- sequences
+
+    def length(self, seq: int) -> int:
+        sequence = self._sequence(seq)
+        return 0 if sequence.must_drop else len(sequence)
 
     def drop(self, seq: int) -> None:
         self._sequence(seq).clear()
@@ -219,6 +251,21 @@ class StubContext:
         sequence.cut(length)
         return True
 
+    def share(self, source: int, target: int, length: int) -> bool:
+        """See the protocol. Raises ValueError for a target that is not empty or a length that
+        the source does not have; StateRejected for a sequence that must be dropped.
+        """
+        giver, taker = self._usable(source), self._usable(target)
+        if giver is taker or len(taker) or not 0 < length <= len(giver):
+            raise ValueError(
+                f"{length} tokens of sequence {source}, which has {len(giver)}, cannot be shared "
+                f"with sequence {target}, which has {len(taker)}"
+            )
+        if self.kv_class is not KVClass.SPAN and length != len(giver):
+            return False
+        taker.share(giver, length)
+        return True
+
     # -------------------------------------------------------------- ranges
 
     def range_bytes(self, seq: int, start: int, end: int) -> int:
@@ -233,10 +280,14 @@ class StubContext:
         self._check_block(start, end)
         return blob_bytes(self._cell_bytes, end - start)
 
-    def export_range(self, seq: int, start: int, end: int, into: memoryview) -> None:
-        self.range_bytes(seq, start, end)
-        units = self._sequences[seq].read(start, end)
-        self._export(BlobKind.RANGE, self._cell_bytes, units, into)
+    def export_ranges(self, seq: int, ranges: Items[RangeExport]) -> None:
+        """See the protocol. Each range counts as an export of its own for the faults."""
+        sequence = self._usable(seq)
+        for item in ranges:
+            self.range_bytes(seq, item.start, item.end)
+        for item in ranges:
+            units = sequence.read(item.start, item.end)
+            self._export(BlobKind.RANGE, self._cell_bytes, units, item.into)
 
     def import_ranges(self, seq: int, ranges: Items[RangeImport]) -> None:
         """See the protocol; the tokens that the ranges stand for are not looked at."""

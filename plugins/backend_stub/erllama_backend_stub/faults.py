@@ -13,7 +13,7 @@ from erllama_backend_stub.options import StubFaults
 
 
 class HangGate:
-    """Where a step hangs. Thread-safe.
+    """Where a step hangs, until the gate is opened or the step aborted. Thread-safe.
 
     ::
 
@@ -23,7 +23,8 @@ class HangGate:
 
     def __init__(self) -> None:
         self._reached = threading.Event()
-        self._open = threading.Event()
+        self._changed = threading.Condition()
+        self._is_open = False
 
     @property
     def reached(self) -> bool:
@@ -36,12 +37,20 @@ class HangGate:
 
     def open(self) -> None:
         """Let every step through, now and later. Idempotent."""
-        self._open.set()
+        with self._changed:
+            self._is_open = True
+            self._changed.notify_all()
 
-    def pass_through(self) -> None:
-        """What the step calls: returns once the gate is open."""
+    def wake(self) -> None:
+        """Let a step that hangs look whether it was aborted."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def pass_through(self, aborted: threading.Event) -> None:
+        """What the step calls: returns once the gate is open, or ``aborted`` is set."""
         self._reached.set()
-        self._open.wait()
+        with self._changed:
+            self._changed.wait_for(lambda: self._is_open or aborted.is_set())
 
 
 _gates: Final[weakref.WeakValueDictionary[str, HangGate]] = weakref.WeakValueDictionary()
@@ -78,6 +87,7 @@ class FaultPlan:
         self._exports = itertools.count(1)
         self._imports = itertools.count(1)
         self.gate: Final = gate(faults.hang_gate) if faults.hang_gate else HangGate()
+        self.hang_deaf: Final = faults.hang_deaf
 
     def next_step(self) -> Fault:
         ordinal = next(self._steps)

@@ -46,7 +46,7 @@ def open_model(request: BackendRequest) -> StubModel:
         if getattr(request.context, name) < 1:
             raise ModelLoadError(f"context_opts.{name} must be 1 at least")
     try:
-        script = Script(options.script, options.reply_marker) if options.script else None
+        script = _script(options) if options.script else None
     except ValueError as error:
         raise ModelLoadError("the stub's script cannot be played", reason=str(error)) from error
     return StubModel(options, request.context, script)
@@ -66,7 +66,7 @@ class StubModel:
         self._script = script
         self._faults = FaultPlan(options.faults)
         self._key = _digest("cells", options.weights, context.type_k, context.type_v)
-        self.vocabulary: Final = StubVocabulary(add_bos=options.add_bos)
+        self.vocabulary: Final = StubVocabulary(options.add_bos, options.digraphs)
 
     @property
     def gate(self) -> HangGate:
@@ -102,7 +102,7 @@ class StubModel:
             "type_k": self._context.type_k,
             "type_v": self._context.type_v,
             "eog_rate": options.eog_rate,
-            "script": _digest("script", options.reply_marker, *options.script),
+            "script": _digest("script", options.reply_marker, options.script_free, *options.script),
         }
 
     def open_context(self) -> StubContext:
@@ -122,7 +122,7 @@ class StubModel:
 
         Raises InvalidPrompt for no tokens, or for ids outside the vocabulary.
         """
-        if not tape_from_tokens(tokens):
+        if not tape_from_tokens(tokens, self.vocabulary.n_tokens):
             raise InvalidPrompt("there is nothing to embed: no tokens")
         seed = _digest("embedding", self._options.weights) + bytes(tokens)
         numbers = hashlib.shake_256(seed).digest(2 * EMBEDDING_FLOATS)
@@ -133,6 +133,10 @@ class StubModel:
 
     def close(self) -> None:
         """Nothing to free. Idempotent."""
+
+
+def _script(options: StubOptions) -> Script:
+    return Script(options.script, options.reply_marker, options.script_free)
 
 
 def _digest(purpose: str, *texts: str) -> bytes:

@@ -36,6 +36,11 @@ def _replies(_owner: Any, attribute: attrs.Attribute[Any], value: object) -> Non
         raise TypeError(f"{attribute.name} is a tuple of replies, not {value!r}")
 
 
+def _byte(_owner: Any, attribute: attrs.Attribute[str], value: str) -> None:
+    if len(value) > 1 or not value.isascii():
+        raise ValueError(f"{attribute.name} is {value!r}; one ASCII character, or none")
+
+
 @attrs.frozen(kw_only=True)
 class StubFaults:
     """What goes wrong, and when.
@@ -51,6 +56,8 @@ class StubFaults:
     """This step waits at the model's :class:`~erllama_backend_stub.faults.HangGate`."""
     hang_gate: str = ""
     """The gate's name for :func:`~erllama_backend_stub.faults.gate`; empty: a gate of its own."""
+    hang_deaf: bool = False
+    """The step that hangs does not hear ``abort`` before its gate is opened."""
     fail_export: int | None = attrs.field(default=None, validator=_at_least(1))
     """This export, of a range or a snapshot, raises StateRejected."""
     short_export: int | None = attrs.field(default=None, validator=_at_least(1))
@@ -73,11 +80,16 @@ class StubOptions:
     """The longest range that is exported and imported, as with a sliding window; None: any."""
     add_bos: bool = False
     """Whether the vocabulary asks for ``<|bos|>`` at the start of a text."""
+    digraphs: bool = False
+    """Whether pairs of letters such as "th" are one token where a text is tokenised; replies are
+    said letter by letter all the same, as a model may say in other tokens what is read as few."""
     eog_rate: float = attrs.field(default=0.0, validator=_rate)
     """How probably a reply ends after each token; 0.0: never by itself."""
     script: tuple[str, ...] = attrs.field(default=(), validator=_replies)
     """What is replied: the first entry in the first assistant turn of a context, the second in
     the second, the last one in all later turns. Control tokens' text becomes control tokens."""
+    script_free: str = attrs.field(default="", validator=_byte)
+    """A character of the script that leaves a token to the sampler; none when empty."""
     reply_marker: str = attrs.field(
         default="<|im_start|>assistant\n", validator=attrs.validators.min_len(1)
     )
@@ -86,6 +98,9 @@ class StubOptions:
     """Microseconds that a step sleeps for each token of rows with several tokens."""
     decode_us: float = attrs.field(default=0.0, validator=_at_least(0))
     """Microseconds that a step sleeps when it has a row of one token."""
+    declared_us_per_token: float | None = attrs.field(default=None, validator=_at_least(0))
+    """Microseconds that the context says a token takes to compute, which switches the cost gate
+    on; None: it says nothing, and whatever is stored is restored."""
     faults: StubFaults = StubFaults()
 
     @property

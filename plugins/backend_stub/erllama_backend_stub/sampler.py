@@ -35,21 +35,22 @@ class StubSampler:
         tail = history[len(history) - 4 * count :]
         self._recent = deque(struct.unpack(f"<{count}I", tail), maxlen=PENALTY_WINDOW)
 
-    def sample_row(self, row: LogitRow) -> int:
+    def sample_row(self, row: LogitRow, *, greedy: bool = False) -> int:
         """Draw the next token from the logits of a step and take note of it."""
-        return self._choose(_ALL_TOKENS, row.values)
+        return self._choose(_ALL_TOKENS, row.values, greedy=greedy)
 
-    def sample_mark(self, mark: Mark) -> int:
+    def sample_mark(self, mark: Mark, *, greedy: bool = False) -> int:
         """See the protocol. Raises ValueError for a mark that does not serve the parameters."""
         if not mark.serves(self._params):
             raise ValueError(f"a mark of {mark.size} logits cannot serve {self._params}")
         tokens = struct.unpack(f"<{mark.size}I", mark.tokens)
-        return self._choose(tokens, struct.unpack(f"<{mark.size}f", mark.logits))
+        logits = struct.unpack(f"<{mark.size}f", mark.logits)
+        return self._choose(tokens, logits, greedy=greedy)
 
     def close(self) -> None:
         self._recent.clear()
 
-    def _choose(self, tokens: Sequence[int], logits: Sequence[float]) -> int:
+    def _choose(self, tokens: Sequence[int], logits: Sequence[float], *, greedy: bool) -> int:
         """Draw from parallel tokens and logits, whose order has no influence."""
         penalty = self._params.repetition_penalty
         if penalty != 1.0:
@@ -60,7 +61,7 @@ class StubSampler:
                 (logit / penalty if logit > 0.0 else logit * penalty) if token in recent else logit
                 for token, logit in zip(tokens, logits, strict=True)
             ]
-        if self._params.temperature <= 0.0:
+        if greedy or self._params.temperature <= 0.0:
             top = max(logits)
             token = min(t for t, logit in zip(tokens, logits, strict=True) if logit == top)
         else:

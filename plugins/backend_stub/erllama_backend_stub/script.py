@@ -21,11 +21,12 @@ class Script:
     occurs is unscripted.
 
     Nothing is remembered between calls, so however a context came about, its continuation is
-    the same.
+    the same. Where a reply has the character ``free``, the script leaves one token open.
     """
 
-    def __init__(self, replies: Sequence[str], marker: str) -> None:
+    def __init__(self, replies: Sequence[str], marker: str, free: str = "") -> None:
         self._replies = tuple(tape_of(reply, parse_special=True) for reply in replies)
+        self._free = free
         self._marker = tape_of(marker, parse_special=True)
         for reply in self._replies:
             if self._marker in reply:
@@ -39,6 +40,17 @@ class Script:
         turn = tape.count(self._marker, 0, at)
         reply = self._replies[min(turn, len(self._replies) - 1)]
         said = tape[at + len(self._marker) :].removeprefix(_EMPTY_THINKING)
-        if not reply.startswith(said):
+        if not self._fits(said, reply):
             return None
-        return ord(reply[len(said)]) if len(said) < len(reply) else IM_END
+        if len(said) == len(reply):
+            return IM_END
+        following = reply[len(said)]
+        return None if following == self._free else ord(following)
+
+    def _fits(self, said: str, reply: str) -> bool:
+        """Whether a reply may begin with what was said."""
+        if not self._free or self._free not in reply:
+            return reply.startswith(said)
+        return len(said) <= len(reply) and all(
+            token in (told, self._free) for told, token in zip(said, reply, strict=False)
+        )

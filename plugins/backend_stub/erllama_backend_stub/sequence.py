@@ -69,6 +69,19 @@ class Sequence:
         self.cells.extend(cells)
         self.state = None
 
+    def share(self, source: Sequence, length: int) -> None:
+        """Get the first ``length`` cells of another one: the cells, or copies in another pool.
+
+        All of a recurrent one: its state comes along.
+        """
+        if source._pool is self._pool:
+            cells = source.cells[:length]
+            self._pool.share(cells)
+            self.cells.extend(cells)
+        else:
+            self.put(source.read(0, length))
+        self.state = source.state
+
     def compute(self, tokens: Items[int]) -> None:
         """Compute and append the cells of ``tokens``; the pool must have room for them."""
         length, state = len(self), self.state

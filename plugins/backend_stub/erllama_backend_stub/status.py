@@ -8,12 +8,14 @@ import enum
 class Status(enum.IntEnum):
     """Why a step failed.
 
-    The first three are what ``llama_decode`` returns for the same trouble (``llama.h``); the
+    The first four are what ``llama_decode`` returns for the same trouble (``llama.h``); the
     others are mistakes that llama.cpp would answer with wrong output.
     """
 
     NO_CELL = 1
     """A sequence, or the pool that all share, has no free cell for a token."""
+    ABORTED = 2
+    """``abort`` was called while the step ran."""
     INVALID_BATCH = -1
     """Rows that contradict the contract: position, sequence, size, or a token that is none."""
     COMPUTE_FAILED = -3

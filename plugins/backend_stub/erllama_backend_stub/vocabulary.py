@@ -30,6 +30,10 @@ THINK_END: Final = 262
 TOOL_CALL: Final = 263
 TOOL_CALL_END: Final = 264
 N_TOKENS: Final = 265
+"""Of a vocabulary without digraphs: the tokens that have logits."""
+
+DIGRAPHS: Final = ("th", "in", "on", "ou", "ng", "wh", "ll", "ea")
+"""Two letters in one token, ids from N_TOKENS on. None is in the name of a chat's role."""
 
 _CONTROL: Final[Mapping[int, str]] = types.MappingProxyType(
     {
@@ -49,6 +53,12 @@ _CONTROL_TEXT: Final = re.compile("|".join(map(re.escape, _CONTROL_IDS)))
 _PIECES: Final = tuple(
     bytes((token,)) if token < BOS else _CONTROL[token].encode() for token in range(N_TOKENS)
 )
+_DIGRAPH_TEXT: Final = re.compile("|".join(DIGRAPHS))
+_DIGRAPH_IDS: Final = {text: chr(N_TOKENS + number) for number, text in enumerate(DIGRAPHS)}
+_ALL_PIECES: Final = _PIECES + tuple(text.encode() for text in DIGRAPHS)
+_TEXTS: Final[Mapping[int, str]] = types.MappingProxyType(
+    {**_CONTROL, **{ord(token): text for text, token in _DIGRAPH_IDS.items()}}
+)
 _END_OF_GENERATION: Final = frozenset({EOS, IM_END})
 
 
@@ -66,34 +76,43 @@ def tape_of(text: str, *, parse_special: bool) -> str:
     return tape
 
 
-def tape_from_tokens(tokens: PackedTokens) -> str:
+def size_of_vocabulary(*, digraphs: bool) -> int:
+    """Ids that may occur in a context."""
+    return N_TOKENS + (len(DIGRAPHS) if digraphs else 0)
+
+
+def tape_from_tokens(tokens: PackedTokens, n_tokens: int = N_TOKENS) -> str:
     """The tape of packed tokens. Raises InvalidPrompt for ids outside the vocabulary."""
     if len(tokens) % 4:
         raise InvalidPrompt(f"{len(tokens)} bytes are not packed u32 tokens")
     try:
         tape = str(tokens, _TAPE)
     except UnicodeDecodeError as error:
-        raise _outside(int.from_bytes(error.object[error.start : error.start + 4], "little")) from (
-            error
-        )
-    if tape and ord(top := max(tape)) >= N_TOKENS:
-        raise _outside(ord(top))
+        token = int.from_bytes(error.object[error.start : error.start + 4], "little")
+        raise _outside(token, n_tokens) from error
+    if tape and ord(top := max(tape)) >= n_tokens:
+        raise _outside(ord(top), n_tokens)
     return tape
 
 
-def _outside(token: int) -> InvalidPrompt:
-    return InvalidPrompt(f"token {token} is outside the vocabulary of {N_TOKENS}")
+def _outside(token: int, n_tokens: int) -> InvalidPrompt:
+    return InvalidPrompt(f"token {token} is outside the vocabulary of {n_tokens}")
 
 
 @attrs.frozen
 class StubVocabulary:
-    """Ids 0 to 255 are the bytes; control tokens follow. Any text round-trips."""
+    """Ids 0 to 255 are the bytes; control tokens follow. Any text round-trips.
+
+    With ``digraphs`` some pairs of letters are tokens too: a text is then tokenised in another
+    way than a model says it, which says letter after letter.
+    """
 
     add_bos: bool = False
+    digraphs: bool = False
 
     @property
     def n_tokens(self) -> int:
-        return N_TOKENS
+        return size_of_vocabulary(digraphs=self.digraphs)
 
     @property
     def bos(self) -> int | None:
@@ -110,21 +129,23 @@ class StubVocabulary:
     def tokenize(self, text: str, *, add_bos: bool, parse_special: bool) -> bytes:
         """See the protocol. Raises InvalidPrompt for text that UTF-8 cannot express."""
         tape = tape_of(text, parse_special=parse_special)
+        if self.digraphs:
+            tape = _DIGRAPH_TEXT.sub(lambda match: _DIGRAPH_IDS[match[0]], tape)
         if add_bos and not tape.startswith(chr(BOS)):
             tape = chr(BOS) + tape
         return tape.encode(_TAPE)
 
     def detokenize(self, tokens: PackedTokens) -> bytes:
         """See the protocol. Raises InvalidPrompt for ids outside the vocabulary."""
-        tape = tape_from_tokens(tokens)
+        tape = tape_from_tokens(tokens, self.n_tokens)
         try:
             return tape.encode("latin-1")
         except UnicodeEncodeError:
-            return tape.translate(_CONTROL).encode("latin-1")
+            return tape.translate(_TEXTS).encode("latin-1")
 
     def piece(self, token: int) -> bytes:
         """The byte, or a control token's text. Raises IndexError for ids beyond the vocabulary."""
-        return _PIECES[token]
+        return (_ALL_PIECES if self.digraphs else _PIECES)[token]
 
 
 VOCABULARY: Final = StubVocabulary()

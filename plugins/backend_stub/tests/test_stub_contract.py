@@ -19,11 +19,12 @@ from erllama_backend_stub import (
     gate,
     open_model,
 )
-from erllama_core.errors import DecodeFailed, ModelLoadError, StateRejected
+from erllama_core.errors import DecodeAborted, DecodeFailed, ModelLoadError, StateRejected
 from erllama_core.interfaces.backend import (
     BackendRequest,
     ContextOptions,
     Mark,
+    RangeExport,
     RangeImport,
     Row,
     SamplingParams,
@@ -58,14 +59,14 @@ def fresh_mark(*tokens: int) -> Mark:
 
 
 def lose_sequence(context: StubContext) -> None:
-    with pytest.raises(DecodeFailed):
-        context.step([row(0, 5, 1)])
+    with pytest.raises(StateRejected):
+        context.import_ranges(0, [RangeImport(0, 1, 1, memoryview(b""))])
 
 
 def import_without_snapshot(context: StubContext) -> None:
     context.step([row(1, 0, 1, 2)])
     data = bytearray(context.range_bytes(1, 0, 2))
-    context.export_range(1, 0, 2, memoryview(data))
+    context.export_ranges(1, [RangeExport(0, 2, memoryview(data))])
     context.import_ranges(0, [RangeImport(0, 2, 2, memoryview(data))])
 
 
@@ -114,26 +115,45 @@ def test_bad_steps_fail_with_their_status(
 
 
 def test_every_status_has_its_test() -> None:
-    """The table above leaves no status out."""
-    assert {case[1] for case in BAD_STEPS} == set(Status)
+    """The table above leaves no status out, but for that of a step that was aborted."""
+    assert {case[1] for case in BAD_STEPS} == set(Status) - {Status.ABORTED}
 
 
-def test_a_failed_step_spoils_its_sequences_and_no_other() -> None:
-    """Until they are dropped its sequences serve nothing; the others go on."""
-    context = load(faults=StubFaults(fail_step=2)).open_context()
+@pytest.mark.parametrize("kv_class", ["span", "checkpoint", "whole"])
+def test_a_failed_step_takes_its_sequences_back_and_no_other(kv_class: str) -> None:
+    """Span sequences are what they were before it, others empty; neighbours go on."""
+    context = load(kv_class, StubFaults(fail_step=2)).open_context()
     context.step([row(0, 0, 1), row(1, 0, 1)])
+    first = context.mark(0, None)
     with pytest.raises(DecodeFailed):
         context.step([row(0, 1, 2)])
+    assert [context.length(seq) for seq in (0, 1)] == [kv_class == "span", 1]
+    if not context.length(0):
+        context.step([row(0, 0, 1)])
+        assert context.mark(0, None) == first
+    context.step([row(0, 1, 2), row(1, 1, 2)])
+    assert context.mark(0, None) == context.mark(1, None)
+
+
+def test_a_failed_import_spoils_its_sequence_and_no_other() -> None:
+    """Until it is dropped it serves nothing and has no length; the others go on."""
+    context = load().open_context()
+    context.step([row(1, 0, 1)])
+    lose_sequence(context)
+    assert context.length(0) == 0
     assert not context.truncate(0, 0)
-    with pytest.raises(StateRejected, match="not dropped"):
-        context.range_bytes(0, 0, 1)
-    with pytest.raises(StateRejected, match="not dropped"):
-        context.import_ranges(0, [])
+    for call in (
+        lambda: context.range_bytes(0, 0, 1),
+        lambda: context.import_ranges(0, []),
+        lambda: context.share(1, 0, 1),
+        lambda: context.share(0, 1, 1),
+    ):
+        with pytest.raises(StateRejected, match="not dropped"):
+            call()
     context.step([row(1, 1, 2)])
     assert context.mark(0, None) == fresh_mark(1, 2)
     context.drop(0)
-    context.step([row(0, 0, 1, 2)])
-    assert context.mark(0, None) == fresh_mark(1, 2)
+    assert context.share(1, 0, 2)
 
 
 def test_unified_cells_are_shared_and_separate_ones_are_not() -> None:
@@ -176,7 +196,7 @@ def test_ranges_must_follow_each_other(start: int, end: int, stop: int) -> None:
     context.step([row(1, 0, 1, 2, 3)])
     size = max(1, end - start)
     data = bytearray(context.range_bytes(1, 0, size))
-    context.export_range(1, 0, size, memoryview(data))
+    context.export_ranges(1, [RangeExport(0, size, memoryview(data))])
     with pytest.raises(StateRejected, match="cannot follow the 0 tokens"):
         context.import_ranges(0, [RangeImport(start, end, stop, memoryview(data))])
     with pytest.raises(DecodeFailed) as caught:
@@ -192,7 +212,7 @@ def test_only_ranges_of_the_sequence_are_exported(start: int, end: int) -> None:
     with pytest.raises(StateRejected):
         context.range_bytes(0, start, end)
     with pytest.raises(StateRejected):
-        context.export_range(0, start, end, memoryview(bytearray(1000)))
+        context.export_ranges(0, [RangeExport(start, end, memoryview(bytearray(1000)))])
     context.step([row(0, 3, 4)])
     assert context.mark(0, None) == fresh_mark(1, 2, 3, 4)
 
@@ -215,7 +235,7 @@ def test_a_buffer_of_the_wrong_size_is_refused() -> None:
     context.step([row(0, 0, 1, 2)])
     for size in (context.range_bytes(0, 0, 2) - 1, context.range_bytes(0, 0, 2) + 1):
         with pytest.raises(StateRejected, match="buffer"):
-            context.export_range(0, 0, 2, memoryview(bytearray(size)))
+            context.export_ranges(0, [RangeExport(0, 2, memoryview(bytearray(size)))])
     with pytest.raises(StateRejected, match="buffer"):
         context.export_snapshot(0, memoryview(bytearray(context.snapshot_bytes(0) + 1)))
 
@@ -225,7 +245,7 @@ def test_imports_need_free_cells() -> None:
     context = load().open_context()
     context.step([row(1, 0, 1, 2, 3, 4)])
     data = bytearray(context.range_bytes(1, 0, 4))
-    context.export_range(1, 0, 4, memoryview(data))
+    context.export_ranges(1, [RangeExport(0, 4, memoryview(data))])
     context.step([row(1, 4, 5)])
     with pytest.raises(StateRejected, match="no cells"):
         context.import_ranges(0, [RangeImport(0, 4, 4, memoryview(data))])
@@ -250,7 +270,7 @@ def test_each_class_refuses_what_it_cannot_do() -> None:
     whole.step([row(0, 0, 1)])
     for call in (
         lambda: whole.range_bytes(0, 0, 1),
-        lambda: whole.export_range(0, 0, 1, memoryview(bytearray(100))),
+        lambda: whole.export_ranges(0, [RangeExport(0, 1, memoryview(bytearray(100)))]),
         lambda: whole.import_ranges(1, [RangeImport(0, 1, 1, data)]),
     ):
         with pytest.raises(StateRejected, match="no ranges"):
@@ -306,12 +326,12 @@ def test_an_export_fails_when_told_to() -> None:
     context = load("checkpoint", StubFaults(fail_export=2)).open_context()
     context.step([row(0, 0, 1)])
     data = memoryview(bytearray(context.range_bytes(0, 0, 1)))
-    context.export_range(0, 0, 1, data)
+    context.export_ranges(0, [RangeExport(0, 1, data)])
     state = memoryview(bytearray(context.snapshot_bytes(0)))
     with pytest.raises(StateRejected, match="injected fault in export 2"):
         context.export_snapshot(0, state)
     context.export_snapshot(0, state)
-    context.export_range(0, 0, 1, data)
+    context.export_ranges(0, [RangeExport(0, 1, data)])
 
 
 def test_an_import_fails_when_told_to() -> None:
@@ -337,7 +357,7 @@ def test_a_short_export_is_refused_on_import(kv_class: str) -> None:
             context.import_snapshot(1, 2, memoryview(data))
     else:
         data = bytearray(context.range_bytes(0, 0, 2))
-        context.export_range(0, 0, 2, memoryview(data))
+        context.export_ranges(0, [RangeExport(0, 2, memoryview(data))])
         with pytest.raises(StateRejected, match="head"):
             context.import_ranges(1, [RangeImport(0, 2, 2, memoryview(data))])
 
@@ -418,3 +438,66 @@ def test_a_sequence_that_does_not_exist_is_an_error() -> None:
     for seq in (-1, 2):
         with pytest.raises(ValueError, match="no sequence"):
             context.drop(seq)
+
+
+@pytest.mark.parametrize("kv_class", ["span", "checkpoint", "whole"])
+@pytest.mark.parametrize("sleeps", [False, True])
+def test_a_step_that_hangs_or_sleeps_can_be_aborted(kv_class: str, sleeps: bool) -> None:
+    """Abort ends it with a status of its own; the next step computes what it would have."""
+    options = StubOptions(
+        kv_class=kv_class,  # type: ignore[arg-type]
+        prefill_us_per_token=1e9 if sleeps else 0.0,
+        faults=StubFaults() if sleeps else StubFaults(hang_step=2),
+    )
+    model = open_model(
+        BackendRequest(model_path=None, options=options, context=ContextOptions(n_seq_max=2))
+    )
+    context = model.open_context()
+    context.step([row(0, 0, 1)])
+    ended = threading.Event()
+
+    def abort() -> None:
+        if not sleeps:
+            assert model.gate.wait_reached(60.0)
+        while not ended.wait(0.001):  # whether the step has begun to sleep cannot be seen
+            context.abort()
+
+    aborting = threading.Thread(target=abort)
+    aborting.start()
+    with pytest.raises(DecodeAborted) as caught:
+        context.step([row(0, 1, 2, 3)])
+    ended.set()
+    aborting.join()
+    assert caught.value.code == Status.ABORTED
+    context.drop(0)
+    for token in (1, 2, 3):
+        context.step([row(0, context.length(0), token)])
+    plain = load(kv_class).open_context()
+    plain.step([row(0, 0, 1, 2, 3)])
+    assert context.mark(0, None) == plain.mark(0, None)
+
+
+def test_a_deaf_step_hangs_on() -> None:
+    """A step that does not hear of abort ends when its gate opens, and then as aborted."""
+    model = load(faults=StubFaults(hang_step=1, hang_deaf=True))
+    outcomes: list[str] = []
+
+    def work() -> None:
+        try:
+            model_context.append(model.open_context())
+            model_context[0].step([row(0, 0, 1)])
+        except DecodeAborted:
+            outcomes.append("aborted")
+
+    model_context: list[StubContext] = []
+    worker = threading.Thread(target=work)
+    worker.start()
+    try:
+        assert model.gate.wait_reached(60.0)
+        model_context[0].abort()
+        assert worker.is_alive()
+        assert not outcomes
+    finally:
+        model.gate.open()
+        worker.join(60.0)
+    assert outcomes == ["aborted"]

@@ -17,6 +17,8 @@ from erllama_core.interfaces.backend import (
     BackendRequest,
     Context,
     ContextOptions,
+    CostPrior,
+    DeclaresCosts,
     Embeds,
     KVClass,
     Row,
@@ -52,6 +54,14 @@ def test_the_provider_makes_a_model() -> None:
     sampler.close()
     context.close()
     model.close()
+
+
+def test_costs_are_declared_when_the_options_say_so() -> None:
+    """By default it declares none, so that whatever is stored is restored."""
+    silent, told = load().open_context(), load(declared_us_per_token=250).open_context()
+    assert isinstance(silent, DeclaresCosts)
+    assert silent.cost_prior is None
+    assert told.cost_prior == CostPrior(compute_s_per_token=0.00025, import_s_per_byte=1e-9)
 
 
 def test_options_can_be_structured_from_a_table() -> None:

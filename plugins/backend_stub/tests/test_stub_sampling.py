@@ -6,6 +6,7 @@ import math
 import struct
 from collections import Counter
 
+import attrs
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -212,3 +213,20 @@ def test_exp_of_very_little_is_zero() -> None:
     """Below the range of normal numbers nothing is left."""
     assert exp(-708.5) == 0.0
     assert exp(-math.inf) == 0.0
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.5])
+def test_single_tokens_may_be_greedy(penalty: float) -> None:
+    """A greedy draw is the largest logit after penalties, and uses up no number of the seed."""
+    params = SamplingParams(temperature=2.0, top_k=0, seed=5, repetition_penalty=penalty)
+    mixed, history = StubSampler(params, b""), b""
+    plain = StubSampler(params, b"")
+    for turn in range(30):
+        row = new_row(bytes([turn]) * 32)
+        reference = plain
+        if turn % 3:
+            reference = StubSampler(attrs.evolve(params, temperature=0.0), history)
+        token = mixed.sample_row(row, greedy=bool(turn % 3))
+        if turn % 3 or penalty == 1.0:
+            assert token == reference.sample_mark(row.mark(None))
+        history += struct.pack("<I", token)

@@ -13,6 +13,7 @@ from erllama_core.errors import ModelLoadError
 from erllama_core.interfaces.backend import (
     BackendRequest,
     ContextOptions,
+    RangeExport,
     RangeImport,
     Row,
     SamplingParams,
@@ -121,6 +122,19 @@ def test_restored_contexts_are_scripted_alike(cut: int) -> None:
     source, target = model.open_context(), model.open_context()
     source.step([Row(1, 0, packed, logits=False)])
     data = bytearray(source.range_bytes(1, 0, cut))
-    source.export_range(1, 0, cut, memoryview(data))
+    source.export_ranges(1, [RangeExport(0, cut, memoryview(data))])
     target.import_ranges(0, [RangeImport(0, cut, cut, memoryview(data))])
     assert reply(model, prompt, context=target, cached=cut) == "Ho."
+
+
+def test_a_script_leaves_tokens_open() -> None:
+    """Where the script has its free character, seeds differ; everything else is as scripted."""
+    model = load("a~~~~b", script_free="~")
+    said = {
+        reply(model, ASK, params=SamplingParams(temperature=5.0, top_k=0, seed=seed))
+        for seed in range(4)
+    }
+    assert len(said) == 4
+    assert all(len(text) == 7 and text[0] == "a" and text[5:] == "b." for text in said)
+    with pytest.raises(ValueError, match="script_free"):
+        load("a", script_free="~~")

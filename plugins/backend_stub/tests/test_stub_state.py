@@ -18,6 +18,7 @@ from erllama_core.interfaces.backend import (
     BackendRequest,
     ContextOptions,
     Mark,
+    RangeExport,
     RangeImport,
     Row,
 )
@@ -64,7 +65,7 @@ def cold(tokens: Sequence[int], kv_class: str = "span", **options: Any) -> Mark:
 
 def export(context: StubContext, seq: int, start: int, end: int) -> bytearray:
     data = bytearray(context.range_bytes(seq, start, end))
-    context.export_range(seq, start, end, memoryview(data))
+    context.export_ranges(seq, [RangeExport(start, end, memoryview(data))])
     return data
 
 

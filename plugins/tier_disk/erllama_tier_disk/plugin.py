@@ -23,7 +23,12 @@ def open_ram_file(options: RamFileOptions) -> Tier:
     from erllama_tier_disk.store import FileTier
 
     root = private_folder() if options.root is None else options.root
-    return FileTier(root, quota_bytes=options.quota_bytes, read_only=options.read_only)
+    return FileTier(
+        root,
+        quota_bytes=options.quota_bytes,
+        read_only=options.read_only,
+        outlives_power=False,
+    )
 
 
 @hookimpl

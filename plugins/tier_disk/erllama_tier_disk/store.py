@@ -46,8 +46,14 @@ class FileTier:
     """
 
     def __init__(
-        self, root: Path, *, quota_bytes: int | None = None, read_only: bool = False
+        self,
+        root: Path,
+        *,
+        quota_bytes: int | None = None,
+        read_only: bool = False,
+        outlives_power: bool = True,
     ) -> None:
+        self.outlives_power: Final = outlives_power
         self._root = absolute_root(root)
         self._read_only = read_only
         self._closed = False
@@ -93,6 +99,33 @@ class FileTier:
                 self._anchor(path.parent)
             except OSError as error:
                 raise tier_error("make durable", path, error) from error
+
+    def make_durable(self, object_ids: Sequence[ObjectId]) -> None:
+        """Sync files that are there, then each folder that they are in, once."""
+        folders: dict[Path, None] = {}
+        for object_id in object_ids:
+            self._require_writable(object_id)
+            path = object_path(self._root, object_id)
+            try:
+                fd, _ = open_regular(path)
+            except (FileNotFoundError, NotADirectoryError):
+                continue  # evicted meanwhile
+            except NotAFile as error:
+                raise TierError(f"cannot sync {path}: {error}; move it away") from error
+            except OSError as error:
+                raise tier_error("make durable", path, error) from error
+            try:
+                sync_file(fd)
+            except OSError as error:
+                raise tier_error("make durable", path, error) from error
+            finally:
+                os.close(fd)
+            folders[path.parent] = None
+        for folder in folders:
+            try:
+                self._anchor(folder)
+            except OSError as error:
+                raise tier_error("make durable", folder, error) from error
 
     def read(self, object_id: ObjectId, allocate: Allocate) -> memoryview:
         """Read an object into a buffer of the caller's."""

@@ -242,6 +242,40 @@ def test_folders_removed_meanwhile_are_made_again(
     assert bytes(tier.read(object_id, allocate)) == data
 
 
+def test_what_was_stored_can_be_made_durable(
+    tier: FileTier, make: MakeObject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every file that is there is synced, then its folder; one that is gone is skipped."""
+    synced: list[str] = []
+
+    def sync_file(fd: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{fd}").resolve().name if sys.platform == "linux" else "")
+
+    monkeypatch.setattr("erllama_tier_disk.store.sync_file", sync_file)
+    monkeypatch.setattr(
+        "erllama_tier_disk.store.sync_directory", lambda path: synced.append(f"{Path(path).name}/")
+    )
+    stored = []
+    for number in range(3):
+        object_id, data = make(number)
+        tier.put(object_id, [data])
+        stored.append(object_id)
+    assert synced == []
+    tier.delete(stored[1])
+    tier.make_durable(stored)
+    left = [path_of(tier, stored[number]) for number in (0, 2)]
+    if sys.platform == "linux":
+        assert synced[:2] == [path.name for path in left]
+    assert {f"{path.parent.name}/" for path in left} <= set(synced[2:])
+
+    def fail(_: object) -> None:
+        raise OSError(5, "I/O error")
+
+    monkeypatch.setattr("erllama_tier_disk.store.sync_file", fail)
+    with pytest.raises(TierError, match="make durable"):
+        tier.make_durable(stored)
+
+
 def test_durable_syncs_the_file_before_and_the_folders_after_its_name_appears(
     tier: FileTier, make: MakeObject, monkeypatch: pytest.MonkeyPatch
 ) -> None:

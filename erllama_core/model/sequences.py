@@ -1,0 +1,202 @@
+"""The sequences of a context: who has which, and what idle ones still hold."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable
+from typing import Final
+
+from erllama_core.cache.keys import ContextKeys, common_tokens
+from erllama_core.interfaces.backend import Context, KVClass
+from erllama_core.interfaces.block import TOKEN_BYTES
+from erllama_core.model.cells import CellLedger
+from erllama_core.model.request import Phase, Request
+from erllama_core.model.session import Session
+
+_GLANCE: Final = 32 * TOKEN_BYTES
+"""What is compared of two contexts before all of them is: most differ early."""
+
+
+class LiveSequence:
+    """One sequence id. The worker's alone.
+
+    Idle with a context it is a *resident*; a resident that has a session is *pinned*.
+    """
+
+    def __init__(self, seq: int) -> None:
+        self.seq: Final = seq
+        self.request: Request | None = None
+        """Who uses it, or used it last and left its context; None: it is empty."""
+        self.session: Session | None = None
+        self.left_at = 0
+        """When it became idle, in turns."""
+
+    @property
+    def is_idle(self) -> bool:
+        return self.request is None or self.request.phase is Phase.ENDED
+
+    @property
+    def is_resident(self) -> bool:
+        """Whether it is idle and holds a context."""
+        return self.request is not None and self.request.phase is Phase.ENDED
+
+    @property
+    def length(self) -> int:
+        """Tokens whose state it holds."""
+        return 0 if self.request is None else self.request.computed
+
+
+class SequencePool:
+    """All sequences of a context, and the cells that they hold. The worker's alone.
+
+    ``before_drop`` sees a resident that is about to lose its cells.
+    """
+
+    def __init__(self, context: Context, before_drop: Callable[[Request], None]) -> None:
+        self._context: Final = context
+        self._before_drop: Final = before_drop
+        pooled = context.n_cells < context.n_seq_max * context.n_ctx
+        self.ledger: Final = CellLedger(context.n_cells if pooled else None)
+        self.all: Final = tuple(LiveSequence(seq) for seq in range(context.n_seq_max))
+        self._turns: Final = itertools.count(1)
+
+    # ------------------------------------------------------------------- looking
+
+    @property
+    def n_idle(self) -> int:
+        return sum(live.is_idle for live in self.all)
+
+    @property
+    def n_pinned_idle(self) -> int:
+        """Residents that are kept for a session."""
+        return sum(live.is_resident and live.session is not None for live in self.all)
+
+    @property
+    def held(self) -> int:
+        """Cells that residents hold and would give back if all of them were dropped."""
+        return sum(self.ledger.exclusive(live.seq) for live in self._residents())
+
+    def donor(self, keys: ContextKeys, *, apart_from: LiveSequence) -> tuple[LiveSequence, int]:
+        """Who holds most of a context, and how many of its tokens can be had from there.
+
+        ``apart_from`` and 0 when nobody else holds any of it.
+        """
+        best, most = apart_from, 0
+        for live in self.all:
+            if live is not apart_from:
+                common = self.common(live, keys)
+                if common > most:
+                    best, most = live, common
+        return best, most
+
+    def common(self, live: LiveSequence, keys: ContextKeys) -> int:
+        """Leading tokens of a context that can be had from a sequence."""
+        request = live.request
+        if request is None or request.keys is None or not request.computed:
+            return 0
+        shared = min(shared_tokens(request.keys, keys), request.computed)
+        if self._context.kv_class is KVClass.SPAN or shared == request.computed:
+            return shared
+        return 0
+
+    # ------------------------------------------------------------------- changing
+
+    def claim(self, *, spare: LiveSequence | None = None) -> LiveSequence | None:
+        """A sequence for a request, emptied if need be; None when all are in use.
+
+        ``spare`` is taken last, and as it is: what it holds is of use to the request.
+        """
+        for live in self.all:
+            if live.request is None:
+                return live
+        residents = [live for live in self._in_order_of_loss() if live is not spare]
+        if residents:
+            self.drop(residents[0])
+            return residents[0]
+        return spare if spare is not None and spare.is_idle else None
+
+    def occupy(self, live: LiveSequence, request: Request) -> None:
+        """A request has the sequence now, with whatever it holds."""
+        if live.session is not request.session:
+            self.unpin(live)
+        if live.request is not None:
+            live.request.live = None
+        live.request = request
+        request.live = live
+
+    def leave(self, request: Request, session: Session | None) -> None:
+        """A request has ended, and its context stays as a resident."""
+        live = request.live
+        assert live is not None
+        live.left_at = next(self._turns)
+        live.session = session
+        if session is not None:
+            session.live = live
+
+    def save(self, live: LiveSequence) -> None:
+        """See that a resident's context is stored: it is about to lose a part, or all."""
+        if live.is_resident and live.request is not None:
+            self._before_drop(live.request)
+
+    def drop(self, live: LiveSequence) -> None:
+        """Empty a sequence; a resident's context is saved first, where it is not yet."""
+        self.save(live)
+        self.forget(live)
+
+    def forget(self, live: LiveSequence) -> None:
+        """Empty a sequence, whatever it holds."""
+        self._context.drop(live.seq)
+        self.ledger.drop(live.seq)
+        self.unpin(live)
+        request, live.request = live.request, None
+        if request is not None:
+            request.computed = 0
+            request.live = None
+
+    def unpin(self, live: LiveSequence) -> None:
+        """Its session has ended, or does without it from now on."""
+        session, live.session = live.session, None
+        if session is not None and session.live is live:
+            session.live = None
+
+    def make_room(self, cells: int, *, apart_from: LiveSequence | None = None) -> bool:
+        """Drop residents until so many cells are free; whether they are."""
+        while self.ledger.free < cells:
+            live = next((one for one in self._in_order_of_loss() if one is not apart_from), None)
+            if live is None:
+                return False
+            self.drop(live)
+        return True
+
+    def bound_residents(self, most: int | None) -> None:
+        """Keep no more than ``most`` cells for residents without a session. None: no bound."""
+        if most is None:
+            return
+        free = [live for live in self._in_order_of_loss() if live.session is None]
+        held = sum(self.ledger.exclusive(live.seq) for live in free)
+        for live in free:
+            if held <= most:
+                return
+            held -= self.ledger.exclusive(live.seq)
+            self.drop(live)
+
+    def drop_all_idle(self) -> None:
+        """Drop every resident, pinned or not."""
+        for live in self._residents():
+            self.drop(live)
+
+    def _residents(self) -> Iterable[LiveSequence]:
+        return [live for live in self.all if live.is_resident]
+
+    def _in_order_of_loss(self) -> list[LiveSequence]:
+        """Residents, those first that are missed least: without a session, left long ago."""
+        return sorted(self._residents(), key=lambda live: (live.session is not None, live.left_at))
+
+
+def shared_tokens(a: ContextKeys, b: ContextKeys) -> int:
+    """How many leading tokens two contexts share; none in different namespaces."""
+    if a.namespace != b.namespace:
+        return 0
+    if a.tokens[:_GLANCE] != b.tokens[:_GLANCE]:
+        return common_tokens(bytes(a.tokens[:_GLANCE]), bytes(b.tokens[:_GLANCE]))
+    return common_tokens(a.tokens, b.tokens)

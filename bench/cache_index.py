@@ -15,7 +15,7 @@ from typing import Final
 from cache_report import Figure, Sizes
 
 from erllama_core import Cache, NamedTier
-from erllama_core.cache.index import Copy, Entry, Index
+from erllama_core.cache.index import Copy, Entry
 from erllama_core.cache.keys import ContextKeys
 from erllama_core.cache.ram import RamTier
 from erllama_core.cache.space import ModelSpace
@@ -164,7 +164,7 @@ def _lookup(cache: Cache, prompts: list[bytes], sizes: Sizes, where: str) -> Fig
 def _memory(sizes: Sizes) -> list[Figure]:
     """Exact, by allocation: the index with its entries and copies; the queue on top."""
     with _new_cache() as cache:
-        index, store = Index(), cache.catalog.store("ram")
+        index, store = cache.catalog.index, cache.catalog.store("ram")
         rng, entries = random.Random(2), []
         tracemalloc.start()
         empty, _ = tracemalloc.get_traced_memory()
@@ -173,14 +173,14 @@ def _memory(sizes: Sizes) -> list[Figure]:
             keys = ContextKeys(bytes(bytearray(NAMESPACE)), tokens, ALIGN)
             for start in range(0, len(keys), ALIGN):
                 entry = index.add(new_entry(keys, start, min(start + ALIGN, len(keys))))
-                entry.copies.append(Copy(store, OBJECT_BYTES + start, time.time_ns(), "cold"))
+                index.place(entry, Copy(store, OBJECT_BYTES + start, time.time_ns(), "cold"))
         del tokens, keys, entry
         full, _ = tracemalloc.get_traced_memory()
         stored_tokens = sum(entry.end - entry.start for entry in index)
         entries = list(index)
         before_queue, _ = tracemalloc.get_traced_memory()
         for entry in entries:
-            cache.catalog.queues[store].add(entry, entry.copies[0])
+            cache.catalog.queues[store].add(entry, entry.copies[0], time.time_ns())
         queue = tracemalloc.get_traced_memory()[0] - before_queue
         tracemalloc.stop()
     each = (full - empty - TOKEN_BYTES * stored_tokens) / len(entries)

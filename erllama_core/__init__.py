@@ -1,10 +1,12 @@
 """Run GGUF models through llama.cpp and never compute the same prompt prefix twice."""
 
-from erllama_core.cache.cache import Cache, Row
+from erllama_core.cache.cache import Cache
 from erllama_core.cache.catalog import Evicted
 from erllama_core.cache.counters import Counters
 from erllama_core.cache.meta import BlockMeta
+from erllama_core.cache.pins import Pinned
 from erllama_core.cache.policy import SavePolicy
+from erllama_core.cache.report import Row, Usage
 from erllama_core.cache.tiers import NamedTier
 from erllama_core.config import EngineConfig, ModelConfig, TierConfig, load_config
 from erllama_core.engine import AsyncEngine, Engine, open_tier
@@ -49,6 +51,7 @@ __all__ = [
     "ModelConfig",
     "ModelInfo",
     "NamedTier",
+    "Pinned",
     "PluginHost",
     "Prompt",
     "Row",
@@ -61,6 +64,7 @@ __all__ = [
     "TierConfig",
     "ToolCallDelta",
     "ToolCallEnd",
+    "Usage",
     "load_config",
     "open_tier",
     "verify_thinking",

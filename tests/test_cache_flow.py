@@ -203,7 +203,7 @@ def small_ram(quota_bytes: int) -> list[dict[str, object]]:
     return [{"name": "ram", "kind": "ram", "quota_bytes": quota_bytes}]
 
 
-BACK = {"write": "back"}
+BACK = {"write": "back", "marks_share": 1.0}  # the tiers here are tiny
 
 
 def test_through_writes_to_every_tier(kv_class: str) -> None:

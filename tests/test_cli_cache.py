@@ -21,10 +21,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
-from erllama_core import Engine, NamedTier
+from cache_contexts import RecordingTier
+from erllama_core import Engine, NamedTier, Pinned
 from erllama_core.cache.keys import ContextKeys
 from erllama_core.cli.app import app
 from erllama_core.cli.cache import cache
+from erllama_core.cli.cache_pins import PinState
 from erllama_core.cli.cache_stats import ContextEnds
 from erllama_core.cli.cache_tables import human_size, human_time
 from erllama_core.cli.cache_verify import Verification
@@ -38,7 +40,8 @@ from erllama_tier_disk.store import FileTier
 from stub_engine import load_stub, make_engine
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ("ls", "stats", "verify", "gc", "evict")
+COMMANDS = ("ls", "stats", "verify", "gc", "evict", "pin")
+ARGUMENTS = {"evict": ["1"], "pin": ["0" * 64]}
 LOOKING = ("ls", "stats", "verify")
 PROMPT = "The lamp was lit for the first time in the autumn of the year, and all came to see it. "
 OTHER = "Boats that left the harbour at night were counted at dawn, and then counted once more. "
@@ -141,6 +144,7 @@ def test_ls_lists_every_object(root: Path) -> None:
             "size_bytes": path.stat().st_size,
             "last_used_ns": path.stat().st_mtime_ns,
             "save_reason": header.info["save_reason"],
+            "pinned": False,
             "location": str(path),
             "problem": None,
         }
@@ -208,6 +212,8 @@ def test_stats_sums_up(root: Path) -> None:
         "by_kind": {k: {"objects": len(s), "size_bytes": sum(s)} for k, s in sizes.items()},
         "used_bytes": total,
         "quota_bytes": None,
+        "pins": 0,
+        "pinned_bytes": 0,
         "context_ends": 2,
         "damaged": 0,
         "unknown_format": 0,
@@ -392,6 +398,7 @@ def test_gc_removes_everything(root: Path) -> None:
         "removed_bytes": size,
         "damaged": 1,
         "left": 0,
+        "pinned": 0,
         "failures": 0,
     }
     assert files(root) == [foreign]
@@ -487,9 +494,8 @@ def test_a_root_that_is_not_there(tmp_path: Path, command: str) -> None:
     """A missing root is an error of one line, and is not made."""
     missing = tmp_path / "missing"
     file = config_of(tmp_path, f'name = "d"\nkind = "disk"\nroot = "{missing}"')
-    amount = ["1"] if command == "evict" else []
     for where in (("--root", missing), ("--config", file)):
-        result = run(command, *amount, *where)
+        result = run(command, *ARGUMENTS.get(command, []), *where)
         assert result.exit_code == 1
         assert result.stderr.startswith("erllama: ")
         assert str(missing) in result.stderr
@@ -500,9 +506,8 @@ def test_a_root_that_is_not_there(tmp_path: Path, command: str) -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_which_cache_must_be_said(root: Path, command: str) -> None:
     """Neither or both of --root and --config, or --tier with a root, is a mistake."""
-    amount = ["1"] if command == "evict" else []
     for where in ((), ("--root", root, "--config", "x.toml"), ("--root", root, "--tier", "d")):
-        assert run(command, *amount, *where).exit_code == 2
+        assert run(command, *ARGUMENTS.get(command, []), *where).exit_code == 2
 
 
 def test_a_tier_that_nobody_has(root: Path, tmp_path: Path) -> None:
@@ -536,9 +541,24 @@ class Stubborn(FileTier):
         raise TierError(f"{object_id} is held")
 
 
+class Forgetful:
+    """Files as those of the tier of this package, and no record of pins."""
+
+    def __init__(self, root: Path) -> None:
+        inner = FileTier(root)
+        self.put = inner.put
+        self.read = inner.read
+        self.delete = inner.delete
+        self.contains = inner.contains
+        self.scan = inner.scan
+        self.usage = inner.usage
+        self.location = inner.location
+        self.close = inner.close
+
+
 @pytest.fixture
 def others_tiers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An installed plugin of somebody else, with the two tiers above and no read_only."""
+    """An installed plugin of somebody else, with these tiers and no read_only."""
 
     @attrs.frozen
     class Options:
@@ -550,6 +570,8 @@ def others_tiers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             return [
                 TierProvider("unlisted", "", lambda options: Unlisted(options.root), Options),
                 TierProvider("stubborn", "", lambda options: Stubborn(options.root), Options),
+                TierProvider("forgetful", "", lambda options: Forgetful(options.root), Options),
+                TierProvider("pinning", "", lambda options: RecordingTier(options.root), Options),
             ]
 
     info = tmp_path / "other_tiers-1.dist-info"
@@ -583,6 +605,86 @@ def test_what_could_not_be_removed_is_told(root: Path, tmp_path: Path) -> None:
     report = run_json("verify", "--config", file, "--delete", exit_code=1)
     assert [found["deleted"] for found in report["damaged"]] == [False]
     assert files(root) == before
+
+
+@pytest.fixture
+def pinning(root: Path, tmp_path: Path, others_tiers: None) -> Path:
+    """A configuration of the root as a tier that records pins."""
+    del others_tiers
+    return config_of(tmp_path, f'name = "p"\nkind = "pinning"\nroot = "{root}"')
+
+
+def end_of(root: Path, prompt: str) -> str:
+    """The key of the context that the root's engine left for a prompt."""
+    with make_engine(root) as engine:
+        found = load_stub(engine, tier=["disk"]).complete(prompt, response_tokens=4).finish_key
+    assert found is not None
+    return found.hex()
+
+
+def test_what_is_pinned_survives_gc(root: Path, pinning: Path) -> None:
+    """A pin holds for the commands that come after it, until it is taken back."""
+    key = end_of(root, PROMPT)
+    state = run_json("pin", key[:20], "--config", pinning)
+    assert (state["key"], [place["tier"] for place in state["pinned"]]) == (key, ["p"])
+    place = state["pinned"][0]
+    listed = [row for row in run_json("ls", "--config", pinning) if row["pinned"]]
+    assert (len(listed), sum(row["size_bytes"] for row in listed)) == (
+        place["rows"],
+        place["bytes"],
+    )
+    (stats,) = run_json("stats", "--config", pinning)
+    assert (stats["pins"], stats["pinned_bytes"]) == (1, place["bytes"])
+    report = run_json("gc", "--config", pinning, "--yes")
+    assert report["left"] == report["pinned"] == place["rows"]
+    assert {str(path) for path in files(root)} == {row["location"] for row in listed}
+    assert run_json("evict", "1", "--config", pinning, exit_code=1)["removed"] == 0
+    for _ in range(2):
+        assert run_json("pin", key, "--unpin", "--config", pinning)["pinned"] == []
+    assert "not pinned" in run("pin", key, "--unpin", "--config", pinning).stdout
+    run_json("gc", "--config", pinning, "--yes")
+    assert files(root) == []
+
+
+def test_pins_for_people(root: Path, pinning: Path) -> None:
+    """The tables and the messages tell what is pinned where."""
+    key = end_of(root, OTHER)
+    said = run("pin", key, "--config", pinning).stdout
+    assert re.search(rf"{key} is pinned in p: \d+ objects", said)
+    assert " yes " in run("ls", "--config", pinning).stdout
+    assert re.search(r"pinned +1, ", run("stats", "--config", pinning).stdout)
+    assert "of them pinned" in run("gc", "--yes", "--config", pinning).stdout
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [("0" * 64, "no tier has the whole context"), ("", "is no key"), ("xyz", "is no key")],
+)
+def test_what_cannot_be_pinned(pinning: Path, key: str, words: str) -> None:
+    """A key that is none, or is not stored, is an error of one line."""
+    result = run("pin", key, "--config", pinning)
+    assert result.exit_code == 1
+    assert words in result.stderr
+
+
+def test_a_key_must_be_told_from_others(root: Path, pinning: Path) -> None:
+    """A beginning that several keys have, or none, is refused with the number of them."""
+    keys = {header.key.hex() for header in headers(root).values()}
+    by_number = {sum(key.startswith(digit) for key in keys): digit for digit in "0123456789abcdef"}
+    by_number.pop(1, None)
+    for number, digit in by_number.items():
+        result = run("pin", digit, "--config", pinning)
+        assert result.exit_code == 1
+        assert f"{number or 'no'} keys begin with {digit}" in result.stderr
+
+
+def test_a_tier_without_a_record_of_pins(root: Path, tmp_path: Path, others_tiers: None) -> None:
+    """Where a pin would be gone with the command, it is refused."""
+    del others_tiers
+    file = config_of(tmp_path, f'name = "t"\nkind = "forgetful"\nroot = "{root}"')
+    result = run("pin", "0" * 64, "--config", file)
+    assert result.exit_code == 1
+    assert "no tier here keeps a record of pins (t)" in result.stderr
 
 
 def test_objects_that_change_while_they_are_verified(root: Path) -> None:
@@ -702,6 +804,8 @@ def test_json_keys_are_documented(root: Path) -> None:
         (verified := run_json("verify", "--root", root, exit_code=1)),
         verified["damaged"][0],
         run_json("gc", "--root", root, "--yes"),
+        attrs.asdict(PinState(key="", pinned=())),
+        attrs.asdict(Pinned("", 0, 0)),
     ]
     for report in reports:
         for key in report:

@@ -15,6 +15,8 @@ from erllama_backend_stub.context import StubContext
 from erllama_backend_stub.faults import gate
 from erllama_backend_stub.model import StubModel
 from erllama_core import BlockMeta, Cache, CacheDelta, Engine, NamedTier, load_config
+from erllama_core.cache import eviction
+from erllama_core.cache.index import Copy
 from erllama_core.cache.ram import RamTier
 from erllama_core.errors import EngineClosed, PluginFailed, TierError
 from erllama_core.hookspecs import hookimpl
@@ -97,16 +99,15 @@ def test_a_long_chain_is_evicted_in_one_pass(monkeypatch: pytest.MonkeyPatch) ->
         model = load_stub(engine, context_opts={"n_ctx": 20_000})
         model.complete([65 + n % 50 for n in range(12_000)], response_tokens=1)
         engine.flush()
-        catalog = engine.cache.catalog
         looks = 0
-        plain = catalog.index.has_dependants
+        plain = eviction.score_ns
 
-        def counting(*args: Any) -> bool:
+        def counting(copy: Copy) -> int:
             nonlocal looks
             looks += 1
-            return plain(*args)
+            return plain(copy)
 
-        monkeypatch.setattr(catalog.index, "has_dependants", counting)
+        monkeypatch.setattr(eviction, "score_ns", counting)
         rows = len(engine.cache.dump())
         assert rows > 300
         assert engine.cache.gc().rows == rows

@@ -12,9 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Self
 
-import attrs
-
-from erllama_core.cache.catalog import Catalog, Evicted
+from erllama_core.cache.catalog import MARKS_SHARE, Catalog, Evicted
 from erllama_core.cache.counters import Counters
 from erllama_core.cache.flow import Flow
 from erllama_core.cache.index import Entry
@@ -22,6 +20,9 @@ from erllama_core.cache.loader import Fetch, Loader
 from erllama_core.cache.lookup import Match
 from erllama_core.cache.meta import BlockMeta
 from erllama_core.cache.pages import PagePool
+from erllama_core.cache.pinning import Pinning, not_whole
+from erllama_core.cache.pins import Pinned
+from erllama_core.cache.report import Row, Usage, rows_of, usage_of
 from erllama_core.cache.scan import Scanner
 from erllama_core.cache.tiers import NamedTier, TierStore
 from erllama_core.errors import (
@@ -50,26 +51,8 @@ MAX_INFLIGHT_BYTES: Final = 256 << 20
 READ_TIMEOUT_S: Final = 5.0
 WRITE_TIMEOUT_S: Final = 30.0
 POOL_IDLE_BYTES: Final = 64 << 20
-
-
-@attrs.frozen(kw_only=True)
-class Row:
-    """A stored object as :meth:`Cache.dump` shows it."""
-
-    kind: str
-    key: CacheKey
-    tier: str
-    """Empty while the object is only in a save buffer."""
-    start: int
-    end: int
-    size_bytes: int
-    last_used_ns: int
-    refcount: int
-    status: str
-    """``stored``, or ``writing``."""
-    hits: int
-    save_reason: str
-    location: str
+_PIN_PATIENCE_S: Final = 10.0
+"""What is to be pinned may have to be written first, or found by the scan."""
 
 
 class Cache:
@@ -88,12 +71,14 @@ class Cache:
         loader_threads: int = 2,
         read_timeout_s: float = READ_TIMEOUT_S,
         write_timeout_s: float = WRITE_TIMEOUT_S,
+        marks_share: float = MARKS_SHARE,
     ) -> None:
         self._pid: Final = os.getpid()
         self._closing: Final = threading.Lock()
         self._closed = False
         self._write_timeout_s: Final = write_timeout_s
-        self._catalog: Final = Catalog(tiers, PagePool(POOL_IDLE_BYTES))
+        self._catalog: Final = Catalog(tiers, PagePool(POOL_IDLE_BYTES), marks_share)
+        self._pinning: Final = Pinning(self._catalog)
         self.loader_threads: Final = loader_threads
         self._loader: Final = Loader(
             self._catalog, threads=loader_threads, timeout_s=read_timeout_s
@@ -104,7 +89,7 @@ class Cache:
             threads=writer_threads,
             patience_s=write_timeout_s,
         )
-        self._scanner: Final = Scanner(self._catalog)
+        self._scanner: Final = Scanner(self._catalog, self._pinning)
 
     # -------------------------------------------------------- explicit objects
 
@@ -178,21 +163,55 @@ class Cache:
 
     def dump(self) -> list[Row]:
         """Every known object, one row per tier that has it, and those being written."""
+        return rows_of(self._open())
+
+    def usage(self) -> list[Usage]:
+        """How full each tier is, and of what."""
         catalog = self._open()
-        with catalog.lock:
-            return [row for entry in catalog.index for row in _rows(entry)]
+        return [usage_of(catalog, store) for store in catalog.stores.values()]
 
     def tier_names(self) -> tuple[str, ...]:
         """The names of the opened tiers."""
         return tuple(self._catalog.stores)
 
-    # ---------------------------------------------------------------- eviction
+    # ---------------------------------------------------------- pins and eviction
+
+    def pin(self, key: CacheKey | bytes, *, tier: str | None = None) -> Pinned:
+        """Keep a context, such as a ``finish_key``, in one tier; what is protected there.
+
+        Its blocks from the start, with the snapshot and the mark at its end, leave that tier
+        only when a write needs room and there is nothing else to remove. ``tier=None``: of the
+        tiers that have all of it, one that records pins, so that it holds after a restart and
+        for other processes; else the first. The pin stays when objects go and come back.
+
+        Blocks while what was handed over is being written. Raises BlockNotFound when the
+        context is not stored, TierError when the pin cannot be recorded, ValueError.
+        """
+        catalog = self._open()
+        stores = list(catalog.stores.values()) if tier is None else [catalog.store(tier)]
+        pinned = self._pinning.pin(key, stores, self._settle)
+        if pinned is None:
+            raise not_whole(key, tier)
+        return pinned
+
+    def unpin(self, key: CacheKey | bytes) -> None:
+        """Let a context be evicted like any other, in all tiers; unknown is a no-op.
+
+        Raises TierError when a tier cannot erase the record of the pin.
+        """
+        self._open()
+        self._pinning.unpin(key)
+
+    def pins(self) -> dict[CacheKey, tuple[Pinned, ...]]:
+        """Every pin, with what it protects now in each tier that has it."""
+        self._open()
+        return self._pinning.listed()
 
     def evict_bytes(self, n_bytes: int, tiers: Sequence[str] | None = None) -> Evicted:
         """Free at least ``n_bytes``, least worth first, from the tiers named (None: all).
 
-        ``tiers`` holds names or kinds. Frees less when no more can go. Raises ValueError for
-        a name that no tier has.
+        ``tiers`` holds names or kinds. Frees less when no more can go: what is in use or
+        pinned stays. Raises ValueError for a name that no tier has.
         """
         catalog = self._open()
         if isinstance(tiers, str):
@@ -214,7 +233,7 @@ class Cache:
         return Evicted(rows, freed)
 
     def gc(self) -> Evicted:
-        """Remove every object that is not in use, from all tiers."""
+        """Remove every object that is neither in use nor pinned, from all tiers."""
         evicted = self._evict(1 << 62, None, for_good=True)
         self._catalog.pool.clear()
         return evicted
@@ -304,6 +323,10 @@ class Cache:
 
     # ------------------------------------------------------------------- inside
 
+    def _settle(self) -> None:
+        self.flush(_PIN_PATIENCE_S)
+        self.wait_scanned(_PIN_PATIENCE_S)
+
     def _open(self) -> Catalog:
         self._check_fork()
         if self._closed:
@@ -316,40 +339,3 @@ class Cache:
                 "this cache was opened before the process forked, and its threads are the "
                 "parent's; open one after the fork"
             )
-
-
-def _rows(entry: Entry) -> list[Row]:
-    def row(
-        tier: str, size: int, used_ns: int, users: int, status: str, hits: int, why: str, where: str
-    ) -> Row:
-        return Row(
-            kind=entry.object_id.kind.value,
-            key=CacheKey(entry.object_id.key),
-            tier=tier,
-            start=entry.start,
-            end=entry.end,
-            size_bytes=size,
-            last_used_ns=used_ns,
-            refcount=users,
-            status=status,
-            hits=hits,
-            save_reason=why,
-            location=where,
-        )
-
-    if not entry.copies and entry.pages is not None:
-        size = len(entry.pages.view)
-        return [row("", size, time.time_ns(), 1, "writing", 0, "", "a save buffer")]
-    return [
-        row(
-            copy.tier.name,
-            copy.size_bytes,
-            copy.last_used_ns,
-            copy.users,
-            "stored",
-            copy.hits,
-            copy.save_reason,
-            copy.tier.tier.location(entry.object_id),
-        )
-        for copy in entry.copies
-    ]

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Final
 
 import attrs
 
 from erllama_core.cache.counters import CounterSet
-from erllama_core.cache.eviction import EvictionQueue, Use
+from erllama_core.cache.eviction import EvictionQueue, Use, Victim
 from erllama_core.cache.index import Copy, Entry, Index
 from erllama_core.cache.pages import PagePool
+from erllama_core.cache.pins import TierPins
 from erllama_core.cache.tiers import NamedTier, TierStore
 from erllama_core.errors import CacheError, TierFull, unknown_name
-from erllama_core.interfaces.block import ObjectId
+from erllama_core.interfaces.block import ObjectId, ObjectKind
 from erllama_core.interfaces.log import get_logger
 from erllama_core.interfaces.tier import Pages
 
 log = get_logger("erllama.cache")
+
+
+MARKS_SHARE: Final = 1 / 16
+"""Of a tier's quota. A mark is 8 KB beside megabytes of state: this is room for all of them,
+unless contexts are tiny or a model needs marks of its whole vocabulary."""
 
 
 @attrs.frozen
@@ -38,7 +44,9 @@ class Catalog:
     reading it is then a miss like any other.
     """
 
-    def __init__(self, tiers: Sequence[NamedTier], pool: PagePool) -> None:
+    def __init__(
+        self, tiers: Sequence[NamedTier], pool: PagePool, marks_share: float = MARKS_SHARE
+    ) -> None:
         names = [tier.name for tier in tiers]
         if len(set(names)) != len(names):
             raise ValueError(f"two tiers have one name: {', '.join(names)}")
@@ -47,10 +55,15 @@ class Catalog:
         self.counters: Final = CounterSet()
         self.pool: Final = pool
         self.stores: Final = {tier.name: TierStore(tier, self.counters) for tier in tiers}
-        self.queues: Final = {store: EvictionQueue(store) for store in self.stores.values()}
+        self.pins: Final = {store: TierPins(store, self.index) for store in self.stores.values()}
+        self.queues: Final = {
+            store: EvictionQueue(store, self.index, pins.protects)
+            for store, pins in self.pins.items()
+        }
+        self.marks_share: Final = marks_share
         self.before_deletion: Callable[
             [TierStore, Sequence[tuple[Entry, Copy]]], Sequence[Callable[[], None]]
-        ] = _let_go
+        ] = _pass_nothing_on
         """Called under the lock with what is evicted, which is in the tier still; what it
         returns is called without the lock, before anything is deleted."""
         self.clock: Callable[[], int] = time.time_ns
@@ -82,23 +95,60 @@ class Catalog:
     ) -> None:
         """Store an object in a tier, making room first, and take note of it.
 
-        Pages are kept as they are by a tier that can. ``use``: of the copy in another tier that
-        this one is made of; nothing that is worth more is evicted for it. Raises CacheError.
+        Room for it is not made of what it goes on from. What is pinned gives way when the rest
+        is not enough for the quota; never to a device that is full for other reasons. Pages
+        are kept as they are by a tier that can. ``use``: of the copy in another tier that this
+        one is made of; nothing that is worth more, or pinned, is evicted for it. Raises
+        CacheError.
         """
         size = len(head) + len(payload if isinstance(payload, memoryview) else payload.view)
-        usage = store.usage()
-        if usage.quota_bytes is not None:
-            if size > usage.quota_bytes:
-                raise TierFull(f"{size} bytes in a tier of {usage.quota_bytes}")
-            if usage.used_bytes + size > usage.quota_bytes:
-                self.evict(store, usage.used_bytes + size - usage.quota_bytes, worth_less_than=use)
+        supports = self._use_supports(store, entry)
         try:
-            self._write(store, entry, head, payload, save_reason, durable, use)
-        except TierFull:
-            # Others filled it meanwhile, or the device is smaller than the quota.
-            if not self.evict(store, 2 * size, worth_less_than=use).rows:
-                raise
-            self._write(store, entry, head, payload, save_reason, durable, use)
+            self._make_room(store, entry, size, use)
+            try:
+                self._write(store, entry, head, payload, save_reason, durable, use)
+            except TierFull:
+                # Others filled it meanwhile, or the device is smaller than the quota.
+                if not self.evict(store, 2 * size, worth_less_than=use).rows:
+                    raise
+                self._write(store, entry, head, payload, save_reason, durable, use)
+        finally:
+            with self.lock:
+                for support, copy in supports:
+                    self.let_go(support, copy)
+
+    def _use_supports(self, store: TierStore, entry: Entry) -> list[tuple[Entry, Copy]]:
+        with self.lock:
+            supports = [(e, e.copy_in(store)) for e in self.index.supports(entry)]
+            used = [(support, copy) for support, copy in supports if copy is not None]
+            for _, copy in used:
+                copy.users += 1
+        return used
+
+    def _make_room(self, store: TierStore, entry: Entry, size: int, use: Use | None) -> None:
+        """Evict until an object fits into the quota, and a mark into the marks' share of it."""
+        usage = store.usage()
+        quota = usage.quota_bytes
+        if quota is None:
+            return
+        if size > quota:
+            raise TierFull(f"{size} bytes in a tier of {quota}")
+        if entry.object_id.kind is ObjectKind.LOGITS:
+            share = int(quota * self.marks_share)
+            held = self.queues[store].amounts[ObjectKind.LOGITS].size_bytes
+            freed = 0
+            if size <= share < held + size:
+                freed = self._remove_marks(store, held + size - share, use).bytes
+            if held + size - freed > share:
+                raise TierFull(f"{size} bytes beyond the marks' share of {share}")
+            usage = store.usage()
+        if usage.used_bytes + size > quota:
+            self.evict(
+                store,
+                usage.used_bytes + size - quota,
+                worth_less_than=use,
+                pinned=use is None,
+            )
 
     def _write(
         self,
@@ -143,17 +193,38 @@ class Catalog:
             if entry.copy_in(store) is None:
                 copy = Copy(store, size, last_used_ns, save_reason)
                 copy.hits = hits
-                entry.copies.append(copy)
-                self.queues[store].add(entry, copy)
+                self.index.place(entry, copy)
+                self.queues[store].add(entry, copy, self.clock())
+                self.rank_anew(store, self.pins[store].came(entry))
 
     def forget_copy(self, store: TierStore, entry: Entry) -> None:
         """A copy turned out to be gone: take it out, so that none looks again."""
         with self.lock:
             copy = entry.copy_in(store)
             if copy is not None:
-                entry.copies.remove(copy)
-                self.queues[store].discount()
-                self.drop_if_gone(entry)
+                self._take_out(store, entry, copy)
+
+    def _take_out(
+        self, store: TierStore, entry: Entry, copy: Copy, orphan_since_ns: int | None = None
+    ) -> None:
+        """A tier has an object no longer, or is about to lose it. Under the lock."""
+        freed = self.index.displace(entry, copy)
+        self.queues[store].discount(entry, copy)
+        for below in freed:
+            self.queues[store].offer(below)
+        self.drop_if_gone(entry, orphan_since_ns)
+        self.rank_anew(store, self.pins[store].left(entry))
+
+    def rank_anew(self, store: TierStore, entries: Iterable[Entry]) -> None:
+        """Objects of a tier have been pinned or unpinned. Under the lock."""
+        for entry in entries:
+            self.queues[store].rank_anew(entry)
+
+    def let_go(self, entry: Entry, copy: Copy) -> None:
+        """A use of a copy is over. Under the lock."""
+        copy.users -= 1
+        if not copy.users:
+            self.queues[copy.tier].offer(entry)
 
     def discard_corrupt(self, store: TierStore, object_id: ObjectId, reason: str) -> None:
         """A copy is not what it claims to be: count it, forget it, remove it from its tier."""
@@ -173,18 +244,28 @@ class Catalog:
                 return
 
     def remove_unused(self, store: TierStore, entry: Entry) -> None:
-        """Remove an object from a tier unless it is being read. Raises CacheError."""
+        """Remove an object from a tier unless it is being read or pinned. Raises CacheError.
+
+        A pin is a key, and is found again by the object that ends there.
+        """
         with self.lock:
             copy = entry.copy_in(store)
-            if copy is None or copy.users:
+            if copy is None or copy.users or self.pins[store].protects(entry):
                 return
             self.forget_copy(store, entry)
         self.delete_forgotten(store, entry.object_id)
 
-    def drop_if_gone(self, entry: Entry) -> None:
-        """Forget an object that is nowhere any more. Under the lock."""
+    def drop_if_gone(self, entry: Entry, orphan_since_ns: int | None = None) -> None:
+        """Forget an object that is nowhere any more. Under the lock.
+
+        ``orphan_since_ns``: since when what stands on it could not be found anyway.
+        """
         if not entry.copies and entry.pages is None:
-            self.index.remove(entry)
+            for orphan in self.index.remove(entry):
+                for copy in orphan.copies:
+                    queue = self.queues[copy.tier]
+                    queue.orphaned(orphan, self.clock(), orphan_since_ns)
+                    queue.offer(orphan)
 
     def touch(self, entries: Sequence[Entry]) -> None:
         """Note that a context's objects, in its order, were used.
@@ -206,24 +287,49 @@ class Catalog:
         *,
         worth_less_than: Use | None = None,
         for_good: bool = False,
+        pinned: bool = False,
     ) -> Evicted:
         """Free at least ``n_bytes`` in one tier, least worth first; less when no more can go.
 
-        ``for_good``: what goes is not passed on to another tier.
+        ``for_good``: what goes is not passed on to another tier. ``pinned``: of what is pinned,
+        too, once there is nothing else.
         """
+        queue = self.queues[store]
+        below_ns = None if worth_less_than is None else worth_less_than.score_ns
+        return self._evict(
+            store,
+            n_bytes,
+            lambda: queue.next(self.clock(), pinned=pinned, below_ns=below_ns),
+            for_good,
+        )
+
+    def _remove_marks(self, store: TierStore, n_bytes: int, use: Use | None) -> Evicted:
+        queue = self.queues[store]
+        below_ns = None if use is None else use.score_ns
+        return self._evict(store, n_bytes, lambda: queue.next_mark(below_ns), for_good=False)
+
+    def _evict(
+        self,
+        store: TierStore,
+        n_bytes: int,
+        choose: Callable[[], Victim | None],
+        for_good: bool,
+    ) -> Evicted:
+        victims: list[Victim] = []
+        reads: list[Callable[[], None]] = []
+        chosen = 0
         with self.lock:
-            victims = self.queues[store].take(
-                n_bytes,
-                lambda entry: self.index.has_dependants(entry, store),
-                None if worth_less_than is None else worth_less_than.score_ns,
-            )
-            reads = () if for_good else self.before_deletion(store, victims)
-            for entry, _ in victims:
-                self.drop_if_gone(entry)
+            while chosen < n_bytes and (victim := choose()) is not None:
+                if not for_good:
+                    reads += self.before_deletion(store, ((victim.entry, victim.copy),))
+                self._take_out(store, victim.entry, victim.copy, victim.orphan_since_ns)
+                victims.append(victim)
+                chosen += victim.copy.size_bytes
         for read in reads:
             read()
         rows = freed = 0
-        for entry, copy in victims:
+        for victim in victims:
+            entry, copy = victim.entry, victim.copy
             try:
                 gone = self.delete_forgotten(store, entry.object_id)
             except CacheError:
@@ -270,5 +376,7 @@ def _close(store: TierStore) -> None:
         return  # counted and logged
 
 
-def _let_go(_: TierStore, __: Sequence[tuple[Entry, Copy]]) -> Sequence[Callable[[], None]]:
+def _pass_nothing_on(
+    _: TierStore, __: Sequence[tuple[Entry, Copy]]
+) -> Sequence[Callable[[], None]]:
     return ()

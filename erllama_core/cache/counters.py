@@ -10,6 +10,24 @@ import attrs
 SaveReason = Literal["cold", "continued", "finish", "evict", "shutdown"]
 
 
+@attrs.define
+class Amount:
+    """A number of objects and the bytes that they take."""
+
+    objects: int = 0
+    size_bytes: int = 0
+
+    def add(self, size_bytes: int) -> None:
+        """Count one object."""
+        self.objects += 1
+        self.size_bytes += size_bytes
+
+    def subtract(self, size_bytes: int) -> None:
+        """Count one object less."""
+        self.objects -= 1
+        self.size_bytes -= size_bytes
+
+
 @attrs.frozen(kw_only=True)
 class Counters:
     """A copy of the counters at one moment. Durations are totals in nanoseconds."""

@@ -8,6 +8,10 @@ would stand, however many blocks begin alike. A block that starts inside a segme
 the block in which its start lies; while that one is missing it is an orphan, which holds
 nothing else, and it is attached again when any block with the same tokens comes. A look-up
 asks which blocks can be had, and so goes by where blocks start, not by what they hang on.
+Snapshots and marks hang on the block in which their position lies.
+
+Each copy counts what stands on it in its own tier: one that nothing stands on is a leaf there,
+and eviction takes leaves.
 
 Most objects are whole blocks in a row, so what only other places need is made when they need
 it: a segment of one block is that block, and a key is kept once, by the block that ends there
@@ -32,6 +36,7 @@ if TYPE_CHECKING:
     from erllama_core.cache.tiers import TierStore
 
 
+_KV: Final = ObjectKind.KV
 _MAX_NAMESPACES: Final = 1024
 """Namespaces that are remembered; every salt makes one."""
 
@@ -45,9 +50,11 @@ class Copy:
     __slots__ = (
         "hits",
         "last_used_ns",
+        "needed",
         "rests_until_s",
         "save_reason",
         "size_bytes",
+        "ticket",
         "tier",
         "users",
     )
@@ -62,6 +69,10 @@ class Copy:
         self.hits = 0
         self.users = 0
         """Reads going on; a copy in use is not evicted."""
+        self.needed = 0
+        """Objects in the same tier that stand on this one; the index counts."""
+        self.ticket = 0
+        """Its place in the eviction queue; 0 while it has none."""
         self.rests_until_s = 0.0
         """After a failed read, on the monotonic clock: it is there, but not to be had now."""
 
@@ -117,7 +128,7 @@ class Entry:
         """How often a backend refused it."""
         self.parent: Entry | None = None
         self.children: dict[Entry, None] | None = None
-        """Blocks that start inside this one, in the order in which they came."""
+        """What starts inside this block or at its end: blocks, snapshots, marks."""
 
     @property
     def start(self) -> int:
@@ -158,7 +169,8 @@ class Segment:
     def __init__(self, *blocks: Entry) -> None:
         self.blocks: list[Entry] = list(blocks)
         """Attached kv blocks, sorted by path."""
-        self.orphans: list[Entry] = []
+        self.orphans: dict[Entry, None] = {}
+        """What hangs on no block, in the order in which it came."""
         self.snapshots: list[Entry] = []
         """Sorted by path."""
         self._by_lead: dict[bytes, list[Entry]] = {}
@@ -269,6 +281,10 @@ class Index:
                 return entry
         return None
 
+    def ending(self, key: bytes) -> tuple[Entry, ...]:
+        """Every object that ends at ``key``."""
+        return _each(self._ending.get(key, ()))
+
     def anchored(self, anchor: bytes) -> tuple[Entry, ...]:
         """The objects in which a context stands that may read as the anchor says."""
         return _each(self._anchored.get(anchor, ()))
@@ -324,56 +340,125 @@ class Index:
             if self._attach(segment, entry):
                 self._adopt_orphans(segment)
             else:
-                segment.orphans.append(entry)
+                segment.orphans[entry] = None
             segment.list_block(entry)
         elif entry.object_id.kind is ObjectKind.SNAPSHOT:
-            bisect.insort(self._segment(entry.segment_key).snapshots, entry, key=_path)
+            segment = self._segment(entry.segment_key)
+            bisect.insort(segment.snapshots, entry, key=_path)
+            self._hang_or_wait(segment, entry)
+        elif entry.object_id.kind is ObjectKind.LOGITS:
+            known_segment = self.segment(entry.segment_key)
+            if known_segment is None or not self._hang(known_segment, entry):
+                self._segment(entry.segment_key).orphans[entry] = None
         return entry
 
-    def remove(self, entry: Entry) -> None:
-        """Forget an object; blocks that hang on it become orphans, or find another block."""
+    def remove(self, entry: Entry) -> list[Entry]:
+        """Forget an object that no tier has; what hung on it finds another block, or is returned.
+
+        What is returned are orphans now.
+        """
         key = entry.object_id.key
         ending = _each(self._ending.get(key, ()))
         left = tuple(known for known in ending if known is not entry)
         if len(left) == len(ending):
-            return
+            return []
         self._count -= 1
         if left:
             self._ending[key] = left[0] if len(left) == 1 else left
         else:
             del self._ending[key]
         self._drop_anchors(entry)
-        segment = self._segments.get(entry.segment_key)
-        if segment is None:
-            return
-        if segment is entry:
-            del self._segments[entry.segment_key]
-            return
-        if isinstance(segment, Entry):
-            return  # what is removed is a mark beside a lone block
-        if entry.object_id.kind is ObjectKind.SNAPSHOT:
-            _remove_sorted(segment.snapshots, entry)
-        elif entry.object_id.kind is ObjectKind.KV:
+        segment_key = entry.segment_key
+        if segment_key not in self._segments:
+            return []
+        loose: list[Entry] = []
+        if entry.parent is not None and entry.parent.children is not None:
+            del entry.parent.children[entry]
+            entry.parent = None
+        if entry.object_id.kind is _KV:
+            segment = self._segment(segment_key)
             segment.unlist_block(entry)
             if entry in segment.orphans:
-                segment.orphans.remove(entry)
+                del segment.orphans[entry]
             else:
-                segment.orphans.extend(self._detach(segment, entry))
+                loose = self._detach(segment, entry)
+                segment.orphans.update(dict.fromkeys(loose))
                 self._adopt_orphans(segment)
-        if segment.is_empty:
-            del self._segments[entry.segment_key]
+                loose += self._followers(entry)
+        else:
+            known = self._segments[segment_key]
+            if isinstance(known, Segment):
+                known.orphans.pop(entry, None)
+                if entry.object_id.kind is ObjectKind.SNAPSHOT:
+                    _remove_sorted(known.snapshots, entry)
+                    loose += left
+        self._tidy(segment_key)
+        return [other for other in loose if self.is_orphan(other)]
 
-    def has_dependants(self, entry: Entry, tier: TierStore) -> bool:
-        """Whether ``tier`` has blocks that are of no use without this one."""
-        if any(_is_in(child, tier) for child in entry.children or ()):
-            return True
-        if entry.object_id.kind is not ObjectKind.KV:
+    # --------------------------------------------------------- what stands on what
+
+    def place(self, entry: Entry, copy: Copy) -> None:
+        """A tier has the object now."""
+        tier = copy.tier
+        copy.needed = sum(other.copy_in(tier) is not None for other in self._standing_on(entry))
+        for below in self.supports(entry):
+            support = below.copy_in(tier)
+            if support is not None:
+                support.needed += 1
+        entry.copies.append(copy)
+
+    def displace(self, entry: Entry, copy: Copy) -> list[Entry]:
+        """A tier has the object no longer; what only this one needed there."""
+        entry.copies.remove(copy)
+        freed = []
+        for below in self.supports(entry):
+            support = below.copy_in(copy.tier)
+            if support is not None:
+                support.needed -= 1
+                if not support.needed:
+                    freed.append(below)
+        return freed
+
+    def supports(self, entry: Entry) -> tuple[Entry, ...]:
+        """The blocks without which this object is of no use: those directly before it."""
+        if entry.parent is not None:
+            return (entry.parent,)
+        if entry.lead or not (entry.segment_key and entry.tokens):
+            return ()
+        return tuple(
+            other
+            for other in self.ending(entry.segment_key)
+            # The position, too: headers that contradict one another must not make a circle.
+            if other.object_id.kind is _KV and other.end == entry.start
+        )
+
+    def is_orphan(self, entry: Entry) -> bool:
+        """Whether what this object stands on is nowhere, so that no look-up finds it.
+
+        A snapshot may hold a whole state, and then needs nothing else.
+        """
+        kind = entry.object_id.kind
+        if not entry.segment_key or kind is ObjectKind.SNAPSHOT or entry.parent is not None:
             return False
+        if kind is ObjectKind.LOGITS:
+            return not any(
+                other.object_id.kind is ObjectKind.SNAPSHOT
+                for other in self.ending(entry.object_id.key)
+            )
+        return bool(entry.lead or entry.start) and not self.supports(entry)
+
+    def _standing_on(self, entry: Entry) -> Iterator[Entry]:
+        yield from entry.children or ()
+        if entry.object_id.kind is _KV and entry.segment_key:
+            yield from self._followers(entry)
+
+    def _followers(self, entry: Entry) -> list[Entry]:
+        """Blocks that begin where this one ends, at an aligned position."""
         following = self._segments.get(entry.object_id.key)
         if following is None:
-            return False
+            return []
         blocks = (following,) if isinstance(following, Entry) else following.blocks
-        return any(not block.lead and _is_in(block, tier) for block in blocks)
+        return [block for block in blocks if not block.lead and block.start == entry.end]
 
     # ------------------------------------------------------------ attachment
 
@@ -412,15 +497,37 @@ class Index:
                 if entry.end == after.start:
                     entry.end = after.start
 
+    def _tidy(self, segment_key: bytes) -> None:
+        """Keep no segment without objects, and a lone block without a segment."""
+        known = self._segments.get(segment_key)
+        if isinstance(known, Segment) and known.is_empty:
+            del self._segments[segment_key]
+
+    def _hang(self, segment: Segment, entry: Entry) -> bool:
+        """Hang an object on the block in which its start lies; False when there is none."""
+        parent = _holder(segment, entry.lead)
+        if parent is None:
+            return False
+        entry.parent = parent
+        if parent.children is None:
+            parent.children = {}
+        parent.children[entry] = None
+        for copy in entry.copies:
+            support = parent.copy_in(copy.tier)
+            if support is not None:
+                support.needed += 1
+        return True
+
+    def _hang_or_wait(self, segment: Segment, entry: Entry) -> None:
+        if not self._hang(segment, entry):
+            segment.orphans[entry] = None
+
     def _attach(self, segment: Segment, entry: Entry) -> bool:
-        if entry.lead:
-            parent = _holder(segment, entry.lead)
-            if parent is None:
-                return False
-            entry.parent = parent
-            if parent.children is None:
-                parent.children = {}
-            parent.children[entry] = None
+        """Put an object into its place; False while what it stands on is missing."""
+        if (entry.lead or entry.object_id.kind is not _KV) and not self._hang(segment, entry):
+            return False
+        if entry.object_id.kind is not _KV:
+            return True
         blocks = segment.blocks
         at = bisect.bisect_right(blocks, entry.path, key=_path)
         for neighbour in blocks[max(0, at - 1) : at + 1]:
@@ -436,7 +543,7 @@ class Index:
             attached = False
             for orphan in list(segment.orphans):
                 if self._attach(segment, orphan):
-                    segment.orphans.remove(orphan)
+                    del segment.orphans[orphan]
                     attached = True
 
     def clear(self) -> None:
@@ -454,23 +561,21 @@ class Index:
         while waiting:
             block = waiting.pop()
             _remove_sorted(segment.blocks, block)
-            if block is entry and block.parent is not None and block.parent.children is not None:
-                del block.parent.children[block]
-            block.parent = None
-            children = block.children or ()
-            waiting += children
-            loose += children
-            block.children = None
+            children, block.children = block.children or {}, None
+            for child in children:
+                child.parent = None
+                for copy in child.copies:
+                    support = block.copy_in(copy.tier)
+                    if support is not None:
+                        support.needed -= 1
+                loose.append(child)
+                if child.object_id.kind is _KV:
+                    waiting.append(child)
         return loose
 
 
 def _each(known: Entry | tuple[Entry, ...]) -> tuple[Entry, ...]:
     return (known,) if isinstance(known, Entry) else known
-
-
-def _is_in(entry: Entry, tier: TierStore) -> bool:
-    """Whether a tier has the object, or will have it as soon as it is written."""
-    return entry.copy_in(tier) is not None or tier in entry.writing
 
 
 def _holder(segment: Segment, lead: bytes) -> Entry | None:

@@ -145,7 +145,7 @@ class Loader:
                     fetch.failed = True
             if fetch.failed:
                 for part, _ in reads:
-                    _unuse(part)
+                    _unuse(self._catalog, part)
                 reads.clear()
         if not reads:
             self._finish(fetch)
@@ -323,12 +323,12 @@ def _release(catalog: Catalog, parts: Sequence[_Part]) -> None:
             part.pages.release()
     with catalog.lock:
         for part in parts:
-            _unuse(part)
+            _unuse(catalog, part)
 
 
-def _unuse(part: _Part) -> None:
+def _unuse(catalog: Catalog, part: _Part) -> None:
     if part.copy is not None:
-        part.copy.users -= 1
+        catalog.let_go(part.entry, part.copy)
         part.copy = None
 
 

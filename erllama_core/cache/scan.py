@@ -12,6 +12,7 @@ from typing import Final
 from erllama_core.cache.anchors import read_anchors
 from erllama_core.cache.catalog import Catalog
 from erllama_core.cache.index import Entry
+from erllama_core.cache.pinning import Pinning
 from erllama_core.cache.tiers import TierStore
 from erllama_core.errors import CorruptBlock, UnknownFormat
 from erllama_core.interfaces.block import Header, decode_header
@@ -34,8 +35,9 @@ class Scanner:
     hand or not).
     """
 
-    def __init__(self, catalog: Catalog) -> None:
+    def __init__(self, catalog: Catalog, pinning: Pinning) -> None:
         self._catalog: Final = catalog
+        self._pinning: Final = pinning
         self._latest: list[tuple[int, int]] = []
         """Time of last use and size of the objects used last; a heap."""
         self._stopping = False
@@ -126,6 +128,8 @@ class Scanner:
     def _scan(self, store: TierStore) -> None:
         started = time.perf_counter()
         learned = skipped = 0
+        # Before what they protect is known, so that room for a new object is not made of it.
+        self._pinning.learn(store)
         try:
             for found in store.tier.scan():
                 if self._stopping:
@@ -167,12 +171,13 @@ class Scanner:
             keep(self._latest, (found.last_used_ns, found.size_bytes))
         reason = header.info.get("save_reason")
         self._catalog.add_copy(
-            store, _entry_of(header), found.size_bytes, found.last_used_ns, str(reason or "")
+            store, entry_of(header), found.size_bytes, found.last_used_ns, str(reason or "")
         )
         return None
 
 
-def _entry_of(header: Header) -> Entry:
+def entry_of(header: Header) -> Entry:
+    """An object as the index keeps it."""
     in_tree = header.align_tokens > 0
     return Entry(
         header.object_id,

@@ -394,10 +394,10 @@ def _used(match: Match) -> list[Entry]:
 
 
 def _is_small_leaf(entry: Entry, end: int) -> bool:
-    """Whether a block ends at ``end``, is short, and nothing goes on from it."""
+    """Whether a block ends at ``end``, is short, and no other goes on from it."""
     return (
         entry.end == end
         and end - entry.start <= ABSORBED_TOKENS
-        and not entry.children
+        and not any(child.tokens for child in entry.children or ())
         and not entry.writing
     )

@@ -13,7 +13,7 @@ from erllama_core.cache.gate import ReadCosts
 from erllama_core.errors import BlockNotFound, CacheError, TierError, TierFull
 from erllama_core.interfaces.block import ObjectId
 from erllama_core.interfaces.log import get_logger
-from erllama_core.interfaces.tier import KeepsPages, MakesDurable, Tier, TierUsage
+from erllama_core.interfaces.tier import KeepsPages, MakesDurable, RecordsPins, Tier, TierUsage
 
 log = get_logger("erllama.cache")
 
@@ -37,6 +37,7 @@ class TierStore:
         self.kind: Final = named.kind
         self.tier: Final = named.tier
         self.keeps: Final = named.tier if isinstance(named.tier, KeepsPages) else None
+        self.records: Final = named.tier if isinstance(named.tier, RecordsPins) else None
         self.reads: Final = ReadCosts()
         durable = named.tier if isinstance(named.tier, MakesDurable) else None
         self.is_volatile: Final = self.keeps is not None or (

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from erllama_core.cache.tiers import NamedTier
+from erllama_core.cli.cache_pins import change_pin, protected_objects
 from erllama_core.cli.cache_removal import Held, Removal, held, remove
 from erllama_core.cli.cache_source import Source, find_source, source_options
 from erllama_core.cli.cache_stats import tier_stats
@@ -72,7 +73,9 @@ def ls(
 ) -> None:
     """List the objects, those used last first."""
     with find_source(config_file, root, tier).opened() as tiers:
-        found = (row for named in tiers for row in list_objects(named))
+        found = (
+            row for named in tiers for row in list_objects(named, protected_objects(named).objects)
+        )
         if limit is None:
             rows = sorted(found, key=lambda row: row.last_used_ns, reverse=True)
         else:
@@ -147,7 +150,7 @@ def gc(
     yes: bool,
     as_json: bool,
 ) -> None:
-    """Remove all objects, after asking.
+    """Remove all objects that are not pinned, after asking.
 
     Exit code 1 when something could not be removed.
     """
@@ -182,6 +185,36 @@ def evict(
     """
     source = find_source(config_file, root, tier)
     _report(ctx, remove(source, list(_holdings(source)), n_bytes), as_json)
+
+
+@cache.command()
+@click.argument("key", metavar="KEY")
+@source_options
+@click.option("--unpin", is_flag=True, help="Let it be removed like any other again.")
+@_json_option
+def pin(
+    key: str,
+    config_file: Path | None,
+    root: Path | None,
+    tier: str | None,
+    unpin: bool,
+    as_json: bool,
+) -> None:
+    """Keep the context that ends at KEY, from its start, whatever else is removed.
+
+    KEY is a finish_key, or as much of its beginning as no other key has. It is pinned in the
+    first tier that has all of it.
+    """
+    state = change_pin(find_source(config_file, root, tier), key, unpin=unpin)
+    if as_json:
+        _print_json(attrs.asdict(state))
+    elif not state.pinned:
+        click.echo(f"{state.key} is not pinned")
+    for pinned in () if as_json else state.pinned:
+        click.echo(
+            f"{state.key} is pinned in {pinned.tier}: {count(pinned.rows)}, "
+            f"{human_size(pinned.bytes)}"
+        )
 
 
 def _holdings(source: Source) -> dict[str, Held]:
@@ -253,7 +286,10 @@ def _report(ctx: click.Context, removal: Removal, as_json: bool) -> None:
     else:
         damaged = f", and {removal.damaged} damaged" if removal.damaged else ""
         size = human_size(removal.removed_bytes)
-        click.echo(f"removed {count(removal.removed)}, {size}{damaged}; {removal.left} left")
+        pinned = f", {removal.pinned} of them pinned" if removal.pinned else ""
+        click.echo(
+            f"removed {count(removal.removed)}, {size}{damaged}; {removal.left} left{pinned}"
+        )
     ctx.exit(0 if removal.ok else 1)
 
 

@@ -23,6 +23,8 @@ class Removal:
     """Objects with damaged headers, which go first; not among ``removed``."""
     left: int
     """Objects that were found and are still there."""
+    pinned: int
+    """Of these, those that pins protect."""
     failures: int
     """Operations that a tier refused; warnings say why."""
 
@@ -30,7 +32,7 @@ class Removal:
     def ok(self) -> bool:
         """Whether what was asked for was done."""
         if self.asked_bytes is None:
-            return not (self.left or self.failures)
+            return self.left == self.pinned and not self.failures
         return self.removed_bytes >= self.asked_bytes
 
 
@@ -49,7 +51,7 @@ def held(named: NamedTier) -> Held:
 
 
 def remove(source: Source, names: list[str], n_bytes: int | None) -> Removal:
-    """Free at least ``n_bytes``, or everything, from the tiers of these names.
+    """Free at least ``n_bytes``, or everything, from the tiers of these names; pins hold.
 
     A tier that holds nothing is better left out: opening one for writing may make its folders.
     Raises TierError when one cannot be opened for writing.
@@ -58,11 +60,13 @@ def remove(source: Source, names: list[str], n_bytes: int | None) -> Removal:
         cache.wait_scanned()
         evicted = cache.gc() if n_bytes is None else cache.evict_bytes(n_bytes)
         counters = cache.counters()
+        left = cache.dump()
         return Removal(
             asked_bytes=n_bytes,
             removed=evicted.rows,
             removed_bytes=evicted.bytes,
             damaged=counters.corrupt,
-            left=len(cache.dump()),
+            left=len(left),
+            pinned=sum(row.pinned for row in left),
             failures=counters.tier_errors,
         )

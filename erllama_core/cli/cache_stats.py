@@ -6,23 +6,12 @@ from typing import Final
 
 import attrs
 
+from erllama_core.cache.counters import Amount
 from erllama_core.cache.tiers import NamedTier
+from erllama_core.cli.cache_pins import protected_objects
 from erllama_core.cli.cache_survey import survey
 from erllama_core.interfaces.block import Header, ObjectKind
 from erllama_core.interfaces.tier import ScanFailure
-
-
-@attrs.define
-class Amount:
-    """A number of objects and the bytes that they take."""
-
-    objects: int = 0
-    size_bytes: int = 0
-
-    def add(self, size_bytes: int) -> None:
-        """Count one object."""
-        self.objects += 1
-        self.size_bytes += size_bytes
 
 
 @attrs.frozen(kw_only=True)
@@ -38,6 +27,9 @@ class TierStats:
     used_bytes: int
     """As the tier itself counts, after it was read."""
     quota_bytes: int | None
+    pins: int
+    """Pinned contexts, as far as the tier keeps a record."""
+    pinned_bytes: int
     context_ends: int
     damaged: int
     """Objects whose header contradicts itself, their name or their size."""
@@ -51,12 +43,15 @@ def tier_stats(named: NamedTier) -> TierStats:
     ends = ContextEnds()
     states = {"ok": 0, "damaged": 0, "unknown_format": 0}
     failures = []
+    protected = protected_objects(named)
+    pinned_bytes = 0
     for found in survey(named):
         if isinstance(found, ScanFailure):
             failures.append(found)
             continue
         by_kind[found.object_id.kind.value].add(found.size_bytes)
         states[found.state] += 1
+        pinned_bytes += found.size_bytes * (found.object_id in protected.objects)
         if found.header is not None:
             ends.add(found.header)
     usage = named.tier.usage()
@@ -68,6 +63,8 @@ def tier_stats(named: NamedTier) -> TierStats:
         by_kind=by_kind,
         used_bytes=usage.used_bytes,
         quota_bytes=usage.quota_bytes,
+        pins=protected.pins,
+        pinned_bytes=pinned_bytes,
         context_ends=ends.count(),
         damaged=states["damaged"],
         unknown_format=states["unknown_format"],

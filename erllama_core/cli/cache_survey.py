@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Literal
 
 import attrs
@@ -72,11 +72,12 @@ class Listed:
     size_bytes: int
     last_used_ns: int
     save_reason: str | None
+    pinned: bool
     location: str
     problem: str | None
 
 
-def list_objects(named: NamedTier) -> Iterator[Listed]:
+def list_objects(named: NamedTier, pinned: Container[ObjectId]) -> Iterator[Listed]:
     """A row for each object, in any order. Raises TierError."""
     for found in survey(named):
         if isinstance(found, Stored):
@@ -92,6 +93,7 @@ def list_objects(named: NamedTier) -> Iterator[Listed]:
                 size_bytes=found.size_bytes,
                 last_used_ns=found.last_used_ns,
                 save_reason=None if reason is None else str(reason),
+                pinned=found.object_id in pinned,
                 location=named.tier.location(found.object_id),
                 problem=found.problem,
             )

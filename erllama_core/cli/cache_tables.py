@@ -54,7 +54,7 @@ def listing_table(rows: Iterable[Listed]) -> Table:
     """One row per object; ``-`` for what a damaged header does not tell."""
     table = _table(
         *("kind", "key", "tier", "start>", "end>", "tokens>", "size>"),
-        *("last used", "save reason", "location"),
+        *("last used", "save reason", "pinned", "location"),
     )
     for row in rows:
         _add(
@@ -68,6 +68,7 @@ def listing_table(rows: Iterable[Listed]) -> Table:
             human_size(row.size_bytes),
             human_time(row.last_used_ns),
             _or_dash(row.save_reason),
+            "yes" if row.pinned else "-",
             row.location,
         )
     return table
@@ -91,6 +92,7 @@ def stats_table(tiers: Sequence[TierStats]) -> Table:
         "quota",
         ("none" if s.quota_bytes is None else human_size(s.quota_bytes) for s in tiers),
     )
+    line("pinned", (f"{s.pins}, {human_size(s.pinned_bytes)}" for s in tiers))
     line("context ends", (str(stats.context_ends) for stats in tiers))
     line("damaged", (str(stats.damaged) for stats in tiers))
     line("unknown format", (str(stats.unknown_format) for stats in tiers))

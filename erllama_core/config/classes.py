@@ -13,6 +13,7 @@ from typing import Annotated, Any, Final, Literal
 
 import attrs
 
+from erllama_core.cache.catalog import MARKS_SHARE
 from erllama_core.cache.policy import SavePolicy
 from erllama_core.config.converter import Prepare, Unexpected
 from erllama_core.config.structuring import dotted, structure_nested, structure_options
@@ -100,10 +101,14 @@ class CacheConfig(SavePolicy):
     """What takes longer to read is computed instead, and its tier left alone for a while."""
     write_timeout_ms: int = 30000
     """``flush`` and ``close`` wait no longer for a tier that does nothing."""
+    marks_share: float = MARKS_SHARE
+    """Of each tier's quota: room for marks, which make exact hits instant."""
 
     def problems(self) -> list[Problem]:
         found = super().problems()
         found += _too_small(self, max_inflight_bytes=1, writer_threads=1, loader_threads=1)
+        if not 0 <= self.marks_share <= 1:
+            found.append(("marks_share", f"{self.marks_share:g}; it must be from 0 to 1"))
         found += _too_small(self, read_timeout_ms=1, write_timeout_ms=1)
         return found
 

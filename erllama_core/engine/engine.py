@@ -87,6 +87,7 @@ class Engine:
             max_inflight_bytes=settings.max_inflight_bytes,
             writer_threads=settings.writer_threads,
             loader_threads=settings.loader_threads,
+            marks_share=settings.marks_share,
             read_timeout_s=settings.read_timeout_ms / 1000,
             write_timeout_s=settings.write_timeout_ms / 1000,
         )

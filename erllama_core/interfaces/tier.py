@@ -8,7 +8,7 @@ not.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
 import attrs
@@ -137,6 +137,27 @@ class KeepsPages(Protocol):
 
         Raises BlockNotFound. O(1): a model's worker calls it.
         """
+        ...
+
+
+@runtime_checkable
+class RecordsPins(Protocol):
+    """Optional ability: remember which contexts are pinned, for later and for other processes.
+
+    A pin is a key of 32 bytes, and nothing more to the tier: the core knows which objects it
+    protects, and asks to delete none of them while there is anything else.
+    """
+
+    def record_pin(self, key: bytes) -> None:
+        """Remember a pin. One that is there already stays. May block. Raises TierError."""
+        ...
+
+    def erase_pin(self, key: bytes) -> None:
+        """Forget a pin; harmless when it is not there. May block. Raises TierError."""
+        ...
+
+    def pins(self) -> Iterable[bytes]:
+        """Every recorded pin, whoever recorded it. May block. Raises TierError."""
         ...
 
 

@@ -8,7 +8,7 @@ not.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
 import attrs
@@ -47,6 +47,22 @@ class ScanFailure:
 
     location: str
     reason: str
+
+
+@attrs.frozen
+class FoundObject:
+    """What :meth:`Shared.find` tells of an object without reading it."""
+
+    size_bytes: int
+    last_used_ns: int
+    """Wall clock, nanoseconds since the epoch: when it was last used, as far as known."""
+
+
+@attrs.frozen
+class Gone:
+    """An object that :meth:`Shared.rescan` found to be there no longer."""
+
+    object_id: ObjectId
 
 
 class Tier(Protocol):
@@ -137,4 +153,63 @@ class KeepsPages(Protocol):
 
         Raises BlockNotFound. O(1): a model's worker calls it.
         """
+        ...
+
+
+@runtime_checkable
+class Shared(Protocol):
+    """Optional ability of a tier whose store other processes use at the same time.
+
+    One of them is the store's janitor: it alone keeps the store to its quota by itself. The
+    others store beyond the quota if need be, within bounds that the tier states.
+    """
+
+    @property
+    def rescan_interval_s(self) -> float:
+        """Seconds between two calls of ``rescan``; 0: the core never calls it."""
+        ...
+
+    def lead(self) -> bool:
+        """Whether this process is the store's janitor; becomes it when nobody is.
+
+        Never waits for another process. Asked again each time, so a tier may lose it and say
+        so. Always False for a tier that was opened read-only. Raises TierError.
+        """
+        ...
+
+    def find(self, object_id: ObjectId) -> FoundObject | None:
+        """What can be told of an object by one ``stat``; None when it is not there.
+
+        Raises TierError.
+        """
+        ...
+
+    def rescan(self) -> Iterator[ScannedObject | ScanFailure | Gone]:
+        """What other processes stored or removed since the last ``scan`` or ``rescan``.
+
+        Cheap when nothing changed. What this process stored or deleted itself may be left out.
+        An object may be told twice, and what comes or goes meanwhile only the next time. What
+        cannot be read is a ScanFailure, never an exception that ends it.
+        """
+        ...
+
+
+@runtime_checkable
+class RecordsPins(Protocol):
+    """Optional ability of a tier that keeps pins beside its objects, for every process.
+
+    A pin is the 32-byte key of the context that it protects. All methods may block and raise
+    TierError.
+    """
+
+    def record_pin(self, key: bytes) -> None:
+        """Keep a pin, across restarts. Harmless when it is there."""
+        ...
+
+    def erase_pin(self, key: bytes) -> None:
+        """Forget a pin. Harmless when it is not there."""
+        ...
+
+    def pins(self) -> Iterable[bytes]:
+        """Every recorded pin, in any order."""
         ...

@@ -82,7 +82,7 @@ class Catalog:
             if size > usage.quota_bytes:
                 raise TierFull(f"{size} bytes in a tier of {usage.quota_bytes}")
             if usage.used_bytes + size > usage.quota_bytes:
-                self.evict(store, usage.used_bytes + size - usage.quota_bytes)
+                self.make_room(store, usage.used_bytes + size - usage.quota_bytes)
         try:
             self._write(store, entry, head, payload, save_reason, durable)
         except TierFull:
@@ -181,8 +181,30 @@ class Catalog:
                     copy.last_used_ns = now - back
                     copy.hits += 1
 
-    def evict(self, store: TierStore, n_bytes: int) -> Evicted:
-        """Free at least ``n_bytes`` in one tier, least worth first; less when no more can go."""
+    def make_room(self, store: TierStore, n_bytes: int) -> None:
+        """Evict so much for a tier's quota, if that is for this process to do.
+
+        What other processes have used since it was learned is worth more than was thought.
+        """
+        if not store.leads():
+            store.upkeep_due.set()
+            return
+        freed = 0
+        while freed < n_bytes:
+            spared: list[Entry] = []
+            evicted = self.evict(store, n_bytes - freed, spared)
+            freed += evicted.bytes
+            if not (evicted.rows or spared):
+                return
+
+    def evict(
+        self, store: TierStore, n_bytes: int, spared: list[Entry] | None = None
+    ) -> Evicted:
+        """Free at least ``n_bytes`` in one tier, least worth first; less when no more can go.
+
+        With ``spared``, objects that turn out to have been used by other processes stay, and
+        are appended to it.
+        """
         with self.lock:
             victims = self.queues[store].take(
                 n_bytes, lambda entry: self.index.has_dependants(entry, store)
@@ -191,6 +213,9 @@ class Catalog:
                 self.drop_if_gone(entry)
         rows = freed = 0
         for entry, copy in victims:
+            if spared is not None and self._used_elsewhere(store, entry, copy):
+                spared.append(entry)
+                continue
             try:
                 gone = self.delete_forgotten(store, entry.object_id)
             except CacheError:
@@ -203,6 +228,21 @@ class Catalog:
             self.counters.add("evictions", rows)
             log.debug("tier.evicted", tier=store.name, rows=rows, bytes=freed)
         return Evicted(rows, freed)
+
+    def _used_elsewhere(self, store: TierStore, entry: Entry, copy: Copy) -> bool:
+        """Put a victim back that another process has used since this one learned of it."""
+        shared = store.shared
+        if shared is None:
+            return False
+        try:
+            found = store.attempt(lambda: shared.find(entry.object_id), "look for an object")
+        except CacheError:
+            return False
+        # A time in the future is a clock's that was set back, and says nothing.
+        if found is None or not copy.last_used_ns < found.last_used_ns <= self.clock():
+            return False
+        self.add_copy(store, entry, copy.size_bytes, found.last_used_ns, copy.save_reason)
+        return True
 
     def delete_forgotten(self, store: TierStore, object_id: ObjectId) -> int:
         """Delete what was forgotten, unless it was stored again meanwhile; the bytes freed.

@@ -17,6 +17,7 @@ import attrs
 
 from erllama_core.cache.catalog import Catalog, Evicted
 from erllama_core.cache.counters import Counters
+from erllama_core.cache.discovery import Discovery, Wanted
 from erllama_core.cache.index import Entry
 from erllama_core.cache.loader import Fetch, Loader
 from erllama_core.cache.lookup import Match
@@ -24,6 +25,7 @@ from erllama_core.cache.meta import BlockMeta
 from erllama_core.cache.pages import PagePool, PooledPages
 from erllama_core.cache.scan import Scanner
 from erllama_core.cache.tiers import NamedTier, TierStore
+from erllama_core.cache.upkeep import Upkeep
 from erllama_core.cache.writer import Draft, Writer
 from erllama_core.errors import (
     BlockNotFound,
@@ -74,8 +76,9 @@ class Row:
 class Cache:
     """Objects in tiers, found by content. Thread-safe; a context manager.
 
-    Opening starts a scan of the tiers in the background. After a fork the child must open a
-    cache of its own: every use of the parent's raises EngineClosed there.
+    Opening starts a scan of the tiers in the background. With ``upkeep``, what other processes
+    do in shared tiers is followed, and they are kept to their quota. After a fork the child must
+    open a cache of its own: every use of the parent's raises EngineClosed there.
     """
 
     def __init__(
@@ -85,6 +88,7 @@ class Cache:
         max_inflight_bytes: int = MAX_INFLIGHT_BYTES,
         writer_threads: int = 1,
         loader_threads: int = 2,
+        upkeep: bool = True,
     ) -> None:
         self._pid: Final = os.getpid()
         self._closing: Final = threading.Lock()
@@ -94,7 +98,11 @@ class Cache:
         self._writer: Final = Writer(
             self._write, max_bytes=max_inflight_bytes, threads=writer_threads
         )
-        self._scanner: Final = Scanner(self._catalog)
+        self._discovery: Final = Discovery(self._catalog)
+        self._upkeeps: Final[list[Upkeep]] = []
+        self._scanner: Final = Scanner(
+            self._catalog, self._start_upkeep if upkeep else lambda _: None
+        )
 
     # -------------------------------------------------------- explicit objects
 
@@ -227,6 +235,9 @@ class Cache:
                 return
             try:
                 self._scanner.close()
+                for upkeep in self._upkeeps:
+                    upkeep.close()
+                self._discovery.close()
                 self._writer.close()
                 self._loader.close()
             finally:
@@ -278,6 +289,12 @@ class Cache:
         """Call ``then`` on another thread when these are scanned, or have taken too long."""
         self._scanner.when_scanned(tiers, then)
 
+    def discover(
+        self, wanted: Wanted, tiers: Sequence[TierStore], then: Callable[[], None]
+    ) -> bool:
+        """See :meth:`Discovery.start`."""
+        return self._discovery.start(wanted, tiers, then)
+
     def reserve(self, size: int, *, beyond_bound: bool = False) -> PooledPages | None:
         """Pages for an object to be saved; None, and counted, when there is no room for it."""
         if self._writer.reserve(size, beyond_bound=beyond_bound):
@@ -320,6 +337,10 @@ class Cache:
         if self._closed:
             raise EngineClosed("the cache is closed")
         return self._catalog
+
+    def _start_upkeep(self, store: TierStore) -> None:
+        if store.shared is not None:
+            self._upkeeps.append(Upkeep(self._catalog, store, store.shared))
 
     def _check_fork(self) -> None:
         if os.getpid() != self._pid:

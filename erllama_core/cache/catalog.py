@@ -163,6 +163,16 @@ class Catalog:
             self.forget_copy(store, entry)
         self.delete_forgotten(store, entry.object_id)
 
+    def forget_gone(self, store: TierStore, object_id: ObjectId) -> None:
+        """Another process removed an object, unless it is there again. Raises CacheError."""
+        entry = self.get(object_id)
+        if entry is None or entry.copy_in(store) is None:
+            return
+        with store.changing(object_id):
+            there = store.attempt(lambda: store.tier.contains(object_id), "look for an object")
+            if not there:
+                self.forget_copy(store, entry)
+
     def drop_if_gone(self, entry: Entry) -> None:
         """Forget an object that is nowhere any more. Under the lock."""
         if not entry.copies and entry.pages is None:
@@ -197,9 +207,7 @@ class Catalog:
             if not (evicted.rows or spared):
                 return
 
-    def evict(
-        self, store: TierStore, n_bytes: int, spared: list[Entry] | None = None
-    ) -> Evicted:
+    def evict(self, store: TierStore, n_bytes: int, spared: list[Entry] | None = None) -> Evicted:
         """Free at least ``n_bytes`` in one tier, least worth first; less when no more can go.
 
         With ``spared``, objects that turn out to have been used by other processes stay, and

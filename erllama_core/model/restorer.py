@@ -51,23 +51,32 @@ class Restorer:
     def start(self, request: Request, *, use_mark: bool = True) -> None:
         """Begin; the request has an empty sequence."""
         request.phase = Phase.LOADING
+        self._look_up(request, use_mark=use_mark)
+
+    def _look_up(self, request: Request, *, use_mark: bool = True, discover: bool = True) -> None:
         keys = request.keys
         assert keys is not None
         match = self._space.find(keys, may_sample=use_mark and self._mark_would_serve(request))
-        if match.length < request.prompt_tokens - 1 and not self._space.is_scanned:
-            self.outstanding += 1
-            self._space.when_scanned(lambda: self._post(request, self._after_scan))
-            return
+        if match.length < request.prompt_tokens - 1:
+            if not self._space.is_scanned:
+                self.outstanding += 1
+                self._space.when_scanned(self._again(request, use_mark, discover=discover))
+                return
+            again = self._again(request, use_mark, discover=False)
+            if discover and self._space.discover(keys, match, again):
+                self.outstanding += 1
+                return
         self._fetch(request, match)
 
-    def _after_scan(self, request: Request) -> None:
-        self.outstanding -= 1
-        if request.phase is not Phase.LOADING:
-            return
-        keys = request.keys
-        assert keys is not None
-        match = self._space.find(keys, may_sample=self._mark_would_serve(request))
-        self._fetch(request, match)
+    def _again(self, request: Request, use_mark: bool, *, discover: bool) -> Callable[[], None]:
+        """What another thread calls when more may be known; on the worker, it is looked up."""
+
+        def look_up(request: Request) -> None:
+            self.outstanding -= 1
+            if request.phase is Phase.LOADING:
+                self._look_up(request, use_mark=use_mark, discover=discover)
+
+        return lambda: self._post(request, look_up)
 
     def _fetch(self, request: Request, match: Match) -> None:
         if request.options.explain and request.keys is not None:

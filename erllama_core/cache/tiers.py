@@ -86,8 +86,12 @@ class TierStore:
     def _run(self, operation: Callable[[], _T], what: str) -> _T:
         try:
             return operation()
-        except (BlockNotFound, TierFull):
-            raise  # answers, not trouble
+        except BlockNotFound:
+            raise  # an answer, not trouble
+        except TierFull as error:
+            if isinstance(error.__cause__, OSError):  # not the quota: the device
+                self._note_trouble(what, error)
+            raise
         except CacheError as error:
             self._note_trouble(what, error)
             raise

@@ -12,10 +12,11 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import attrs
 import pytest
 from structlog.testing import capture_logs
 
-from erllama_core import Cache, Engine, Model, NamedTier
+from erllama_core import BlockMeta, Cache, Engine, Model, NamedTier
 from erllama_core.cache import discovery
 from erllama_core.errors import TierError
 from erllama_core.interfaces.block import ObjectId, ObjectKind, encode_header
@@ -408,18 +409,51 @@ def test_upkeep_spares_what_other_processes_use(tmp_path: Path) -> None:
 
 
 def test_times_in_the_future_spare_nothing(tmp_path: Path) -> None:
-    """After the clock was set back, files that seem to be used later do not stay for ever."""
+    """After the clock was set back, files that seem to be used later are worth no more for it."""
     tier = FileTier(tmp_path, quota_bytes=20_000, rescan_interval_s=0)
     ids = fill(tier, 10)
     future = time.time() + 10_000
-    for object_id in ids:
+    for object_id in ids[:5]:
         os.utime(tier.location(object_id), (future, future))
     with Cache([NamedTier("disk", "disk", tier)]) as cache:
         assert cache.wait_scanned(10)
         assert all(row.last_used_ns <= time.time_ns() for row in cache.dump())
-        store = cache.catalog.store("disk")
-        cache.catalog.make_room(store, tier.usage().used_bytes)
-        assert cache.dump() == []
+        catalog = cache.catalog
+        for object_id in ids[5:]:
+            entry = catalog.get(object_id)
+            assert entry is not None
+            catalog.touch([entry])
+        catalog.make_room(catalog.store("disk"), tier.usage().used_bytes // 2)
+        assert {row.key for row in cache.dump()} == {object_id.key for object_id in ids[5:]}
+
+
+def test_a_save_without_the_lock_evicts_nothing_up_to_an_eighth_above_the_quota(
+    tmp_path: Path,
+) -> None:
+    """Room is the janitor's to make, and upkeep is told; beyond that it is everybody's."""
+    leader = FileTier(tmp_path)
+    assert leader.lead()
+    size = len(fill(leader, 16)) and leader.usage().used_bytes // 16
+    tier = FileTier(tmp_path, quota_bytes=16 * size, rescan_interval_s=0)
+    with Cache([NamedTier("disk", "disk", tier)]) as cache:
+        assert cache.wait_scanned(10)
+        meta = BlockMeta(
+            save_reason="cold",
+            fingerprint=bytes(32),
+            quant_type="f16",
+            quant_bits=16,
+            ctx_params_hash=b"",
+            tokens=[1],
+            context_size=1,
+        )
+        due = cache.catalog.store("disk").upkeep_due
+        assert not due.is_set()
+        cache.save("disk", meta, bytes(size // 2))
+        assert due.is_set()
+        assert cache.counters().evictions == 0
+        cache.save("disk", attrs.evolve(meta, tokens=[2]), bytes(2 * size))
+        assert cache.counters().evictions > 0
+        assert tier.usage().used_bytes <= 18 * size
 
 
 class Broken(FileTier):

@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
 
@@ -265,7 +265,7 @@ class Savers:
         """The oldest dies, and is gone when this returns."""
         assert self._tell(f"kill {self._running.pop(0)}") == -signal.SIGKILL
 
-    def __enter__(self) -> Savers:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

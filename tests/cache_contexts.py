@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 
 from erllama_core import Cache
@@ -36,7 +35,7 @@ class RecordingTier(FileTier):
             raise TierError("the record is held")
         (self._records / key.hex()).unlink(missing_ok=True)
 
-    def pins(self) -> Iterable[bytes]:
+    def pins(self) -> list[bytes]:
         return [bytes.fromhex(path.name) for path in self._records.glob("*")]
 
 

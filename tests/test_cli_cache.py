@@ -92,7 +92,7 @@ def separately(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def files(root: Path) -> list[Path]:
-    return sorted(path for path in root.rglob("*") if path.is_file())
+    return sorted(path for path in root.rglob("*") if path.is_file() and path.suffix != ".lock")
 
 
 def snapshot(root: Path) -> dict[str, tuple[int, int, int]]:

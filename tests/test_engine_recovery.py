@@ -150,6 +150,7 @@ def test_damaged_files_do_not_eat_the_quota(tmp_path: Path) -> None:
         assert engine.cache.counters().corrupt == len(files) // 2
         assert len(list(tmp_path.rglob("*.kvc"))) == len(files) - len(files) // 2
         assert load_stub(engine, tier=["disk"]).complete(PROMPT).cache_hit_kind == "cold"
+        engine.flush()
         engine.cache.gc()
         assert not list(tmp_path.rglob("*.kvc"))
 

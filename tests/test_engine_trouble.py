@@ -157,8 +157,11 @@ class DictTier:
 @pytest.mark.parametrize(
     "error", [lambda: TierError("broken"), lambda: OSError(5, "I/O error"), lambda: ValueError("?")]
 )
-def test_a_tier_that_raises_is_logged_once(error: Callable[[], Exception]) -> None:
+def test_a_tier_that_raises_is_logged_once(
+    error: Callable[[], Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Trouble is counted each time, logged when it starts and when it ends; requests go on."""
+    monkeypatch.setattr("erllama_core.cache.tiers.CALM_S", 0.0)
     tier = DictTier(error)
     host = PluginHost()
 

@@ -14,6 +14,7 @@ from typing import Any, Final, Self
 
 from erllama_core.cache.catalog import MARKS_SHARE, Catalog, Evicted
 from erllama_core.cache.counters import Counters
+from erllama_core.cache.discovery import Discovery, Wanted
 from erllama_core.cache.flow import Flow
 from erllama_core.cache.index import Entry
 from erllama_core.cache.loader import Fetch, Loader
@@ -25,6 +26,7 @@ from erllama_core.cache.pins import Pinned
 from erllama_core.cache.report import Row, Usage, rows_of, usage_of
 from erllama_core.cache.scan import Scanner
 from erllama_core.cache.tiers import NamedTier, TierStore
+from erllama_core.cache.upkeep import Upkeep
 from erllama_core.errors import (
     BlockNotFound,
     CacheError,
@@ -58,8 +60,9 @@ _PIN_PATIENCE_S: Final = 10.0
 class Cache:
     """Objects in tiers, found by content. Thread-safe; a context manager.
 
-    Opening starts a scan of the tiers in the background. After a fork the child must open a
-    cache of its own: every use of the parent's raises EngineClosed there.
+    Opening starts a scan of the tiers in the background. With ``upkeep``, what other processes
+    do in shared tiers is followed, and they are kept to their quota. After a fork the child must
+    open a cache of its own: every use of the parent's raises EngineClosed there.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class Cache:
         read_timeout_s: float = READ_TIMEOUT_S,
         write_timeout_s: float = WRITE_TIMEOUT_S,
         marks_share: float = MARKS_SHARE,
+        upkeep: bool = True,
     ) -> None:
         self._pid: Final = os.getpid()
         self._closing: Final = threading.Lock()
@@ -89,7 +93,11 @@ class Cache:
             threads=writer_threads,
             patience_s=write_timeout_s,
         )
-        self._scanner: Final = Scanner(self._catalog, self._pinning)
+        self._discovery: Final = Discovery(self._catalog)
+        self._upkeeps: Final[list[Upkeep]] = []
+        self._scanner: Final = Scanner(
+            self._catalog, self._pinning, self._start_upkeep if upkeep else lambda _: None
+        )
 
     # -------------------------------------------------------- explicit objects
 
@@ -265,6 +273,9 @@ class Cache:
             hanging: list[TierStore] = []
             try:
                 self._scanner.close(self._write_timeout_s)
+                for upkeep in self._upkeeps:
+                    upkeep.close()
+                self._discovery.close()
                 hanging += self._flow.close()
                 hanging += self._loader.close()
             finally:
@@ -321,6 +332,12 @@ class Cache:
         """Call ``then`` on another thread when these are scanned, or have taken too long."""
         self._scanner.when_scanned(tiers, then)
 
+    def discover(
+        self, wanted: Wanted, tiers: Sequence[TierStore], then: Callable[[], None]
+    ) -> bool:
+        """See :meth:`Discovery.start`."""
+        return self._discovery.start(wanted, tiers, then)
+
     # ------------------------------------------------------------------- inside
 
     def _settle(self) -> None:
@@ -332,6 +349,10 @@ class Cache:
         if self._closed:
             raise EngineClosed("the cache is closed")
         return self._catalog
+
+    def _start_upkeep(self, store: TierStore) -> None:
+        if store.shared is not None:
+            self._upkeeps.append(Upkeep(self._catalog, store, store.shared, self._pinning.learn))
 
     def _check_fork(self) -> None:
         if os.getpid() != self._pid:

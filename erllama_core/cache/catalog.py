@@ -133,7 +133,7 @@ class Catalog:
             return
         if size > quota:
             raise TierFull(f"{size} bytes in a tier of {quota}")
-        if entry.object_id.kind is ObjectKind.LOGITS:
+        if entry.object_id.kind is ObjectKind.LOGITS and store.leads():
             share = int(quota * self.marks_share)
             held = self.queues[store].amounts[ObjectKind.LOGITS].size_bytes
             freed = 0
@@ -143,7 +143,7 @@ class Catalog:
                 raise TierFull(f"{size} bytes beyond the marks' share of {share}")
             usage = store.usage()
         if usage.used_bytes + size > quota:
-            self.evict(
+            self.make_room(
                 store,
                 usage.used_bytes + size - quota,
                 worth_less_than=use,
@@ -255,6 +255,16 @@ class Catalog:
             self.forget_copy(store, entry)
         self.delete_forgotten(store, entry.object_id)
 
+    def forget_gone(self, store: TierStore, object_id: ObjectId) -> None:
+        """Another process removed an object, unless it is there again. Raises CacheError."""
+        entry = self.get(object_id)
+        if entry is None or entry.copy_in(store) is None:
+            return
+        with store.changing(object_id):
+            there = store.attempt(lambda: store.tier.contains(object_id), "look for an object")
+            if not there:
+                self.forget_copy(store, entry)
+
     def drop_if_gone(self, entry: Entry, orphan_since_ns: int | None = None) -> None:
         """Forget an object that is nowhere any more. Under the lock.
 
@@ -280,6 +290,36 @@ class Catalog:
                     copy.last_used_ns = now - back
                     copy.hits += 1
 
+    def make_room(
+        self,
+        store: TierStore,
+        n_bytes: int,
+        *,
+        worth_less_than: Use | None = None,
+        pinned: bool = False,
+    ) -> None:
+        """Evict so much for a tier's quota, if that is for this process to do.
+
+        What other processes have used since it was learned is worth more than was thought. The
+        rest is as for :meth:`evict`.
+        """
+        if not store.leads():
+            store.upkeep_due.set()
+            return
+        freed = 0
+        while freed < n_bytes:
+            spared: list[Entry] = []
+            evicted = self.evict(
+                store,
+                n_bytes - freed,
+                worth_less_than=worth_less_than,
+                pinned=pinned,
+                spared=spared,
+            )
+            freed += evicted.bytes
+            if not (evicted.rows or spared):
+                return
+
     def evict(
         self,
         store: TierStore,
@@ -288,11 +328,13 @@ class Catalog:
         worth_less_than: Use | None = None,
         for_good: bool = False,
         pinned: bool = False,
+        spared: list[Entry] | None = None,
     ) -> Evicted:
         """Free at least ``n_bytes`` in one tier, least worth first; less when no more can go.
 
         ``for_good``: what goes is not passed on to another tier. ``pinned``: of what is pinned,
-        too, once there is nothing else.
+        too, once there is nothing else. With ``spared``, objects that turn out to have been used
+        by other processes stay, and are appended to it.
         """
         queue = self.queues[store]
         below_ns = None if worth_less_than is None else worth_less_than.score_ns
@@ -301,6 +343,7 @@ class Catalog:
             n_bytes,
             lambda: queue.next(self.clock(), pinned=pinned, below_ns=below_ns),
             for_good,
+            spared,
         )
 
     def _remove_marks(self, store: TierStore, n_bytes: int, use: Use | None) -> Evicted:
@@ -314,6 +357,7 @@ class Catalog:
         n_bytes: int,
         choose: Callable[[], Victim | None],
         for_good: bool,
+        spared: list[Entry] | None = None,
     ) -> Evicted:
         victims: list[Victim] = []
         reads: list[Callable[[], None]] = []
@@ -330,6 +374,9 @@ class Catalog:
         rows = freed = 0
         for victim in victims:
             entry, copy = victim.entry, victim.copy
+            if spared is not None and self._used_elsewhere(store, entry, copy):
+                spared.append(entry)
+                continue
             try:
                 gone = self.delete_forgotten(store, entry.object_id)
             except CacheError:
@@ -342,6 +389,21 @@ class Catalog:
             self.counters.add("evictions", rows)
             log.debug("tier.evicted", tier=store.name, rows=rows, bytes=freed)
         return Evicted(rows, freed)
+
+    def _used_elsewhere(self, store: TierStore, entry: Entry, copy: Copy) -> bool:
+        """Put a victim back that another process has used since this one learned of it."""
+        shared = store.shared
+        if shared is None:
+            return False
+        try:
+            found = store.attempt(lambda: shared.find(entry.object_id), "look for an object")
+        except CacheError:
+            return False
+        # A time in the future is a clock's that was set back, and says nothing.
+        if found is None or not copy.last_used_ns < found.last_used_ns <= self.clock():
+            return False
+        self.add_copy(store, entry, copy.size_bytes, found.last_used_ns, copy.save_reason)
+        return True
 
     def delete_forgotten(self, store: TierStore, object_id: ObjectId) -> int:
         """Delete what was forgotten, unless it was stored again meanwhile; the bytes freed.

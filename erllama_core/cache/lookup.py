@@ -185,6 +185,22 @@ class Finder:
         return None
 
 
+def entry_at(
+    keys: ContextKeys, kind: ObjectKind, start: int, end: int, anchors: bytes = b""
+) -> Entry:
+    """The object that holds this part of a context; nothing says that it is stored."""
+    segment_start = keys.segment_start(end)
+    return Entry(
+        ObjectId(kind, start, keys.key(end)),
+        end,
+        keys.namespace,
+        keys.key(segment_start),
+        keys.slice(segment_start, start),
+        keys.slice(start, end),
+        anchors,
+    )
+
+
 def _belongs(entry: Entry, keys: ContextKeys) -> bool:
     """Whether the block's name is what its tokens after this context's beginning make it.
 

@@ -8,7 +8,7 @@ from erllama_core.cache.catalog import Catalog
 from erllama_core.cache.index import Entry
 from erllama_core.cache.pages import PooledPages
 from erllama_core.cache.tiers import TierStore
-from erllama_core.errors import CorruptBlock
+from erllama_core.errors import BlockNotFound, CorruptBlock
 from erllama_core.interfaces.block import verify_object
 
 
@@ -44,12 +44,11 @@ def read_object(catalog: Catalog, store: TierStore, entry: Entry) -> tuple[bytes
     try:
         data = store.attempt(lambda: store.tier.read(entry.object_id, allocate), "read")
         header = verify_object(data, entry.object_id)
-        if (header.namespace, header.lead_tokens, header.tokens) != (
-            entry.namespace,
-            entry.lead,
-            entry.tokens,
-        ):
+        if (header.namespace, header.tokens) != (entry.namespace, entry.tokens):
             raise CorruptBlock("tokens differ from those that were indexed")
+        if header.lead_tokens != entry.lead:
+            # The same content under the same name: of no use here, and no damage either.
+            raise BlockNotFound(f"{entry.object_id} was cut at other aligned positions")
         if len(taken) != 1 or taken[0].size != len(data):
             raise CorruptBlock("the tier did not return the buffer that it was given")
     except BaseException:

@@ -27,7 +27,7 @@ _PREPARED_BUFFERS: Final = 64
 
 
 class Scanner:
-    """One pass over every tier, each on a thread of its own.
+    """One pass over every tier, each on a thread of its own, which then calls ``scanned``.
 
     Afterwards it has the pool map pages for what is read next, most likely: a restart is
     followed by requests for what was used last, and mapping fresh pages can take as long as
@@ -35,9 +35,12 @@ class Scanner:
     hand or not).
     """
 
-    def __init__(self, catalog: Catalog, pinning: Pinning) -> None:
+    def __init__(
+        self, catalog: Catalog, pinning: Pinning, scanned: Callable[[TierStore], None]
+    ) -> None:
         self._catalog: Final = catalog
         self._pinning: Final = pinning
+        self._scanned: Final = scanned
         self._latest: list[tuple[int, int]] = []
         """Time of last use and size of the objects used last; a heap."""
         self._stopping = False
@@ -118,6 +121,8 @@ class Scanner:
                 self._running -= 1
                 last = not self._running
             self._call_those_that_need_not_wait()
+            if not self._stopping:
+                self._scanned(store)
             if last:
                 self._timer.cancel()
                 self._done.set()
@@ -153,27 +158,34 @@ class Scanner:
             )
 
     def _learn(self, store: TierStore, found: ScannedObject) -> str | None:
-        """Add an object to the index; why not, when its header does not allow that."""
-        try:
-            header = decode_header(found.head)
-            if header.object_id != found.object_id or header.size_bytes != found.size_bytes:
-                raise CorruptBlock("its name or its size is not what its header says")
-        except UnknownFormat as error:
-            # Another erllama may read it. Here it is only something that can be evicted.
-            entry = Entry(found.object_id, found.object_id.start, b"", b"", b"", b"")
-            self._catalog.add_copy(store, entry, found.size_bytes, found.last_used_ns, "")
-            return f"{found.object_id}: {error.reason}"
-        except CorruptBlock as error:
-            self._catalog.discard_corrupt(store, found.object_id, error.reason)
-            return f"{found.object_id}: {error.reason}"
-        with self._lock:
-            keep = heapq.heappush if len(self._latest) < _PREPARED_BUFFERS else heapq.heappushpop
-            keep(self._latest, (found.last_used_ns, found.size_bytes))
-        reason = header.info.get("save_reason")
-        self._catalog.add_copy(
-            store, entry_of(header), found.size_bytes, found.last_used_ns, str(reason or "")
-        )
-        return None
+        reason = learn(self._catalog, store, found)
+        if reason is None:
+            full = len(self._latest) >= _PREPARED_BUFFERS
+            keep = heapq.heappushpop if full else heapq.heappush
+            with self._lock:
+                keep(self._latest, (found.last_used_ns, found.size_bytes))
+        return reason
+
+
+def learn(catalog: Catalog, store: TierStore, found: ScannedObject) -> str | None:
+    """Add an object to the index; why not, when its header does not allow that."""
+    try:
+        header = decode_header(found.head)
+        if header.object_id != found.object_id or header.size_bytes != found.size_bytes:
+            raise CorruptBlock("its name or its size is not what its header says")
+    except UnknownFormat as error:
+        # Another erllama may read it. Here it is only something that can be evicted.
+        entry = Entry(found.object_id, found.object_id.start, b"", b"", b"", b"")
+        catalog.add_copy(store, entry, found.size_bytes, found.last_used_ns, "")
+        return f"{found.object_id}: {error.reason}"
+    except CorruptBlock as error:
+        catalog.discard_corrupt(store, found.object_id, error.reason)
+        return f"{found.object_id}: {error.reason}"
+    reason = header.info.get("save_reason")
+    # After the clock was set back, what lies in the future would be kept for as long.
+    used_ns = min(found.last_used_ns, catalog.clock())
+    catalog.add_copy(store, entry_of(header), found.size_bytes, used_ns, str(reason or ""))
+    return None
 
 
 def entry_of(header: Header) -> Entry:

@@ -10,12 +10,13 @@ import attrs
 
 from erllama_core.cache.anchors import Rendering, TextKeys
 from erllama_core.cache.cache import Cache
+from erllama_core.cache.discovery import wanted_after
 from erllama_core.cache.flow import Draft, Route, SaveBuffer
 from erllama_core.cache.gate import CostGate, Portion
 from erllama_core.cache.index import Entry
 from erllama_core.cache.keys import ContextKeys, salted
 from erllama_core.cache.loader import Fetch
-from erllama_core.cache.lookup import Divergence, Finder, Match
+from erllama_core.cache.lookup import Divergence, Finder, Match, entry_at
 from erllama_core.cache.marks import MARK_SIZE, encode_mark
 from erllama_core.cache.policy import WriteMode
 from erllama_core.cache.tiers import TierStore
@@ -240,6 +241,18 @@ class ModelSpace:
         """Call ``then`` on another thread when it is."""
         self._cache.when_scanned(self._tiers, then)
 
+    def discover(self, keys: ContextKeys, match: Match, then: Callable[[], None]) -> bool:
+        """Look for more of a prompt than a look-up found, in what other processes stored since.
+
+        False when there is nothing to look for. Otherwise ``then`` is called on another thread,
+        soon in any case; what was found is then known to a look-up.
+        """
+        shared = [store for store in self._tiers if store.shared is not None]
+        if not shared:
+            return False
+        wanted = wanted_after(keys, match, self.kv_class)
+        return wanted is not None and self._cache.discover(wanted, shared, then)
+
     def refused(self, match: Match) -> None:
         """The backend refused what was stored: a second time, it is not kept any longer."""
         self._catalog.counters.add("state_rejected")
@@ -354,21 +367,12 @@ class ModelSpace:
         reason: str,
         absorbs: Entry | None = None,
     ) -> None:
-        segment_start = keys.segment_start(end)
         after = self._block_before(keys, start)
         if after is None and start and self.kv_class is not KVClass.WHOLE:
             self._flow.forgo(buffer)  # what it goes on from was evicted meanwhile
             self._catalog.counters.add("saves_dropped")
             return
-        entry = Entry(
-            ObjectId(kind, start, keys.key(end)),
-            end,
-            keys.namespace,
-            keys.key(segment_start),
-            keys.slice(segment_start, start),
-            keys.slice(start, end),
-            self._anchors(kind, keys, start, end),
-        )
+        entry = entry_at(keys, kind, start, end, self._anchors(kind, keys, start, end))
         self._flow.submit(Draft(entry, buffer, self._route, reason, after, absorbs))
 
     def _anchors(self, kind: ObjectKind, keys: ContextKeys, start: int, end: int) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from typing import Final, TypeVar
 
@@ -13,9 +14,20 @@ from erllama_core.cache.gate import ReadCosts
 from erllama_core.errors import BlockNotFound, CacheError, TierError, TierFull
 from erllama_core.interfaces.block import ObjectId
 from erllama_core.interfaces.log import get_logger
-from erllama_core.interfaces.tier import KeepsPages, MakesDurable, RecordsPins, Tier, TierUsage
+from erllama_core.interfaces.tier import (
+    KeepsPages,
+    MakesDurable,
+    RecordsPins,
+    Shared,
+    Tier,
+    TierUsage,
+)
 
 log = get_logger("erllama.cache")
+
+CALM_S: Final = 60.0
+"""Trouble is over when an operation succeeds and none has failed for so long. One file that
+cannot be read, among many that can, is one trouble and not one for every request."""
 
 _T = TypeVar("_T")
 
@@ -47,9 +59,13 @@ class TierStore:
         self.durable: Final = None if self.is_volatile else durable
         self.rests_until_s = 0.0
         """After a read that hung, on the monotonic clock: nothing is read from it until then."""
+        self.shared: Final = named.tier if isinstance(named.tier, Shared) else None
+        self.upkeep_due: Final = threading.Event()
+        """Other processes are at work here, or there is no room: upkeep should not wait."""
         self._counters: Final = counters
         self._lock = threading.Lock()
         self._in_trouble = False
+        self._failed_at_s = 0.0
         self._changing: Final = tuple(threading.Lock() for _ in range(64))
 
     def changing(self, object_id: ObjectId) -> threading.Lock:
@@ -65,11 +81,21 @@ class TierStore:
         Trouble is logged when it starts and when it is over, not once per operation.
         """
         result = self._run(operation, what)
-        if self._in_trouble:
+        if self._in_trouble and time.monotonic() - self._failed_at_s >= CALM_S:
             with self._lock:
-                self._in_trouble = False
-            log.info("tier.recovered", tier=self.name)
+                over, self._in_trouble = self._in_trouble, False
+            if over:
+                log.info("tier.recovered", tier=self.name)
         return result
+
+    def leads(self) -> bool:
+        """Whether it is this process that keeps the tier to its quota; may do I/O."""
+        if self.shared is None:
+            return True
+        try:
+            return self.attempt(self.shared.lead, "become the janitor")
+        except CacheError:
+            return False
 
     def usage(self) -> TierUsage:
         """The tier's usage. Raises CacheError; that it answers does not end trouble."""
@@ -82,8 +108,12 @@ class TierStore:
     def _run(self, operation: Callable[[], _T], what: str) -> _T:
         try:
             return operation()
-        except (BlockNotFound, TierFull):
-            raise  # answers, not trouble
+        except BlockNotFound:
+            raise  # an answer, not trouble
+        except TierFull as error:
+            if isinstance(error.__cause__, OSError):  # not the quota: the device
+                self._note_trouble(what, error)
+            raise
         except CacheError as error:
             self._note_trouble(what, error)
             raise
@@ -95,5 +125,6 @@ class TierStore:
         self._counters.add("tier_errors")
         with self._lock:
             first, self._in_trouble = not self._in_trouble, True
+            self._failed_at_s = time.monotonic()
         if first:
             log.warning("tier.failed", tier=self.name, doing=what, error=str(error))

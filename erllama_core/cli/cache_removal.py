@@ -56,7 +56,7 @@ def remove(source: Source, names: list[str], n_bytes: int | None) -> Removal:
     A tier that holds nothing is better left out: opening one for writing may make its folders.
     Raises TierError when one cannot be opened for writing.
     """
-    with source.opened_to_change(names) as tiers, Cache(tiers) as cache:
+    with source.opened_to_change(names) as tiers, Cache(tiers, upkeep=False) as cache:
         cache.wait_scanned()
         evicted = cache.gc() if n_bytes is None else cache.evict_bytes(n_bytes)
         counters = cache.counters()

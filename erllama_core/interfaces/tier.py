@@ -49,6 +49,22 @@ class ScanFailure:
     reason: str
 
 
+@attrs.frozen
+class FoundObject:
+    """What :meth:`Shared.find` tells of an object without reading it."""
+
+    size_bytes: int
+    last_used_ns: int
+    """Wall clock, nanoseconds since the epoch: when it was last used, as far as known."""
+
+
+@attrs.frozen
+class Gone:
+    """An object that :meth:`Shared.rescan` found to be there no longer."""
+
+    object_id: ObjectId
+
+
 class Tier(Protocol):
     """A store of byte objects. Every method is called from several threads at once.
 
@@ -180,5 +196,43 @@ class MakesDurable(Protocol):
         """Return when a power cut cannot lose these objects; those that are gone are skipped.
 
         May block. Raises TierError.
+        """
+        ...
+
+
+@runtime_checkable
+class Shared(Protocol):
+    """Optional ability of a tier whose store other processes use at the same time.
+
+    One of them is the store's janitor: it alone keeps the store to its quota by itself. The
+    others store beyond the quota if need be, within bounds that the tier states.
+    """
+
+    @property
+    def rescan_interval_s(self) -> float:
+        """Seconds between two calls of ``rescan``; 0: the core never calls it."""
+        ...
+
+    def lead(self) -> bool:
+        """Whether this process is the store's janitor; becomes it when nobody is.
+
+        Never waits for another process. Asked again each time, so a tier may lose it and say
+        so. Always False for a tier that was opened read-only. Raises TierError.
+        """
+        ...
+
+    def find(self, object_id: ObjectId) -> FoundObject | None:
+        """What can be told of an object by one ``stat``; None when it is not there.
+
+        Raises TierError.
+        """
+        ...
+
+    def rescan(self) -> Iterator[ScannedObject | ScanFailure | Gone]:
+        """What other processes stored or removed since the last ``scan`` or ``rescan``.
+
+        Cheap when nothing changed. What this process stored or deleted itself may be left out.
+        An object may be told twice, and what comes or goes meanwhile only the next time. What
+        cannot be read is a ScanFailure, never an exception that ends it.
         """
         ...

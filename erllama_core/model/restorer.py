@@ -67,17 +67,31 @@ class Restorer:
     def start(self, request: Request, *, use_mark: bool = True) -> None:
         """Begin; the sequence holds the first ``computed`` tokens of the context, or none."""
         request.phase = Phase.LOADING
+        self._look_up(request, use_mark=use_mark)
+
+    def _look_up(self, request: Request, *, use_mark: bool = True, discover: bool = True) -> None:
         match = self._find(request, use_mark=use_mark)
-        if match.length < request.length - 1 and not self._space.is_scanned:
-            self.outstanding += 1
-            self._space.when_scanned(lambda: self._post(request, self._after_scan))
-            return
+        if match.length < request.length - 1:
+            if not self._space.is_scanned:
+                self.outstanding += 1
+                self._space.when_scanned(self._again(request, use_mark, discover=discover))
+                return
+            again = self._again(request, use_mark, discover=False)
+            assert request.keys is not None
+            if discover and self._space.discover(request.keys, match, again):
+                self.outstanding += 1
+                return
         self._choose(request, match)
 
-    def _after_scan(self, request: Request) -> None:
-        self.outstanding -= 1
-        if request.phase is Phase.LOADING:
-            self._choose(request, self._find(request))
+    def _again(self, request: Request, use_mark: bool, *, discover: bool) -> Callable[[], None]:
+        """What another thread calls when more may be known; on the worker, it is looked up."""
+
+        def look_up(request: Request) -> None:
+            self.outstanding -= 1
+            if request.phase is Phase.LOADING:
+                self._look_up(request, use_mark=use_mark, discover=discover)
+
+        return lambda: self._post(request, look_up)
 
     def _find(self, request: Request, *, use_mark: bool = True) -> Match:
         """What is stored of the context, or of the same text in other tokens if that is more."""

@@ -4,6 +4,8 @@
 
     <root>/objects/<first two hex digits of the key>/<object id>.kvc
                                                     /.<owner>.<random>.tmp
+    <root>/pins/<key>
+    <root>/janitor.lock
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ from erllama_core.interfaces.block import ObjectId
 from erllama_tier_disk.owner import Owner, this_process
 
 OBJECTS: Final = "objects"
+PINS: Final = "pins"
+JANITOR_LOCK: Final = "janitor.lock"
 SUFFIX: Final = ".kvc"
 _TEMPORARY_SUFFIX: Final = ".tmp"
 

@@ -20,6 +20,8 @@ class DiskOptions:
         default=None, validator=validators.optional(validators.gt(ByteSize(0)))
     )
     """Bytes of all files together, at most. None: bounded by the device alone."""
+    rescan_interval_s: float = attrs.field(default=30.0, validator=validators.ge(0))
+    """Seconds between two looks at what other processes stored and removed; 0: never."""
     read_only: bool = False
     """Serve what is there and change nothing."""
 
@@ -34,5 +36,7 @@ class RamFileOptions:
         default=None, validator=validators.optional(validators.gt(ByteSize(0)))
     )
     """Bytes of all files together, at most. None: bounded by the tmpfs alone."""
+    rescan_interval_s: float = attrs.field(default=30.0, validator=validators.ge(0))
+    """Seconds between two looks at what other processes stored and removed; 0: never."""
     read_only: bool = False
     """Serve what is there and change nothing."""

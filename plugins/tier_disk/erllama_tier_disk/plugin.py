@@ -14,7 +14,12 @@ def open_disk(options: DiskOptions) -> Tier:
     """Open the store that ``options`` describes. Raises TierError."""
     from erllama_tier_disk.store import FileTier
 
-    return FileTier(options.root, quota_bytes=options.quota_bytes, read_only=options.read_only)
+    return FileTier(
+        options.root,
+        quota_bytes=options.quota_bytes,
+        read_only=options.read_only,
+        rescan_interval_s=options.rescan_interval_s,
+    )
 
 
 def open_ram_file(options: RamFileOptions) -> Tier:
@@ -22,12 +27,15 @@ def open_ram_file(options: RamFileOptions) -> Tier:
     from erllama_tier_disk.shm import private_folder
     from erllama_tier_disk.store import FileTier
 
-    root = private_folder() if options.root is None else options.root
+    root = options.root
+    if root is None:
+        root = private_folder(create=not options.read_only)
     return FileTier(
         root,
         quota_bytes=options.quota_bytes,
         read_only=options.read_only,
         outlives_power=False,
+        rescan_interval_s=options.rescan_interval_s,
     )
 
 

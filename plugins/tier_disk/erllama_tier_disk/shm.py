@@ -7,12 +7,13 @@ import stat
 from pathlib import Path
 
 from erllama_core.errors import TierError
+from erllama_tier_disk.folders import make_private
 
 SHARED_MEMORY = Path("/dev/shm")
 
 
-def private_folder(parent: Path = SHARED_MEMORY) -> Path:
-    """``<parent>/erllama-<user id>``, made when it is missing, mode 0700.
+def private_folder(parent: Path = SHARED_MEMORY, *, create: bool = True) -> Path:
+    """``<parent>/erllama-<user id>``, mode 0700; made when it is missing, if ``create``.
 
     Everybody may create names in ``parent``, so a folder that someone else put there first is
     refused: its owner could change what models are restored from. Raises TierError.
@@ -24,13 +25,14 @@ def private_folder(parent: Path = SHARED_MEMORY) -> Path:
             f"set its root to a folder on a tmpfs"
         )
     try:
-        try:
-            folder.mkdir(mode=0o700)
-        except FileExistsError:
-            pass
-        else:
-            folder.chmod(0o700)
+        if create:
+            make_private(folder)
         status = folder.lstat()
+    except FileNotFoundError as error:
+        raise TierError(
+            f"there is no {folder} to read. A read-only tier creates nothing; set the root of the "
+            f"ram_file tier, or remove read_only."
+        ) from error
     except OSError as error:
         raise TierError(
             f"cannot create {folder}: {error.strerror}. Set the root of the ram_file tier to a "

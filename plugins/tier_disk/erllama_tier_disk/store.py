@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-import threading
 import time
 import weakref
 from collections.abc import Iterator, Sequence
@@ -15,20 +14,23 @@ from typing import Final
 from erllama_core.errors import BlockNotFound, TierError
 from erllama_core.interfaces.block import Bytes, ObjectId
 from erllama_core.interfaces.log import get_logger
-from erllama_core.interfaces.tier import Allocate, ScanFailure, ScannedObject, TierUsage
+from erllama_core.interfaces.tier import (
+    Allocate,
+    FoundObject,
+    Gone,
+    ScanFailure,
+    ScannedObject,
+    TierUsage,
+)
 from erllama_tier_disk.failure import tier_error
 from erllama_tier_disk.folders import absolute_root, create_private, make_private, open_root
-from erllama_tier_disk.layout import OBJECTS, object_path, temporary_name
+from erllama_tier_disk.janitor import JanitorLock
+from erllama_tier_disk.layout import JANITOR_LOCK, PINS, object_path, temporary_name
 from erllama_tier_disk.ledger import Ledger
+from erllama_tier_disk.pins import erase_pin, list_pins, record_pin
+from erllama_tier_disk.survey import Survey
 from erllama_tier_disk.transfer import read_into, sync_directory, sync_file, write_all
-from erllama_tier_disk.walk import (
-    NotAFile,
-    ObjectFile,
-    TemporaryFile,
-    open_regular,
-    read_head,
-    walk,
-)
+from erllama_tier_disk.walk import NotAFile, open_regular
 
 _USE_RESOLUTION_NS: Final = 60 * 1_000_000_000
 """A file's time of last use is written when it is off by more than this, as relatime does."""
@@ -52,15 +54,16 @@ class FileTier:
         quota_bytes: int | None = None,
         read_only: bool = False,
         outlives_power: bool = True,
+        rescan_interval_s: float = 30.0,
     ) -> None:
         self.outlives_power: Final = outlives_power
         self._root = absolute_root(root)
         self._read_only = read_only
         self._closed = False
+        self._rescan_interval_s = rescan_interval_s
         self._ledger = Ledger(quota_bytes)
-        # Held while a name comes or goes together with its ledger entry, so that the sum is
-        # exact whichever of two threads is first; never while an object's bytes are moved.
-        self._lock = threading.Lock()
+        self._janitor = JanitorLock(self._root / JANITOR_LOCK, may_take=not read_only)
+        self._survey = Survey(self._root, self._ledger, self._janitor)
         self._anchored: set[Path] = set()
         open_root(self._root, read_only=read_only)
         _tiers.add(self)
@@ -70,8 +73,8 @@ class FileTier:
         self._require_writable(object_id)
         size = sum(len(part) for part in parts)
         path = object_path(self._root, object_id)
-        with self._lock:
-            self._ledger.reserve(object_id, size)
+        with self._ledger.lock:
+            self._ledger.reserve(object_id, size, self.lead)
         try:
             temporary, fd = self._create_temporary(path.parent)
             try:
@@ -81,7 +84,7 @@ class FileTier:
                         sync_file(fd)
                 finally:
                     os.close(fd)
-                with self._lock:
+                with self._ledger.lock:
                     temporary.replace(path)
                     self._ledger.commit(object_id, size)
             except BaseException:
@@ -89,7 +92,7 @@ class FileTier:
                     temporary.unlink()
                 raise
         except BaseException as error:
-            with self._lock:
+            with self._ledger.lock:
                 self._ledger.cancel(size)
             if isinstance(error, OSError):
                 raise tier_error("store", path, error) from error
@@ -134,7 +137,7 @@ class FileTier:
         try:
             fd, status = open_regular(path)
         except (FileNotFoundError, NotADirectoryError) as error:
-            self._forget_if_gone(object_id, path)
+            self._survey.forget_if_gone(object_id)
             raise BlockNotFound(f"{path} is not there") from error
         except NotAFile as error:
             raise TierError(f"cannot read {path}: {error}; move it away") from error
@@ -144,7 +147,7 @@ class FileTier:
             buffer = allocate(status.st_size)
             try:
                 done = read_into(fd, buffer)
-                self._record(object_id, fd, status.st_size)
+                self._survey.record(object_id, fd, status.st_size, told=False)
             except OSError as error:
                 raise tier_error("read", path, error) from error
             if done < len(buffer):
@@ -160,7 +163,7 @@ class FileTier:
         """Remove an object's file."""
         self._require_writable(object_id)
         path = object_path(self._root, object_id)
-        with self._lock:
+        with self._ledger.lock:
             try:
                 size = path.lstat().st_size
                 path.unlink()
@@ -173,24 +176,17 @@ class FileTier:
 
     def contains(self, object_id: ObjectId) -> bool:
         """Whether a file of that name is there; what is in it is not looked at."""
-        self._require_open(object_id)
-        path = object_path(self._root, object_id)
-        try:
-            return stat.S_ISREG(path.lstat().st_mode)
-        except (FileNotFoundError, NotADirectoryError):
-            return False
-        except OSError as error:
-            raise tier_error("look for", path, error) from error
+        return self._status(object_id) is not None
 
     def scan(self) -> Iterator[ScannedObject | ScanFailure]:
-        """List the store, and remove what killed writers left behind.
+        """List the store; the janitor also removes what killed writers left behind.
 
         A file under an object's name is a ScannedObject even when its content is damaged, so
         that it can be deleted by that name; its ``head`` is then what there is. Ends early,
         without an error, when the tier is closed meanwhile.
         """
         self._require_open(None)
-        return self._scan()
+        return self._survey.scan()
 
     def usage(self) -> TierUsage:
         """The size of all files that this process has written, read or scanned.
@@ -206,92 +202,58 @@ class FileTier:
     def close(self) -> None:
         """Refuse everything from now on; calls that are under way end normally."""
         self._closed = True
+        self._survey.close()
+        self._janitor.close()
 
-    # ------------------------------------------------------------------ scan
+    # -------------------------------------------------------- for other processes
 
-    def _scan(self) -> Iterator[ScannedObject | ScanFailure]:
-        with self._lock:
-            unseen = self._ledger.objects()
-        swept_files = swept_bytes = 0
-        for found in walk(self._root / OBJECTS):
-            if self._closed:
-                return
-            match found:
-                case ObjectFile(object_id=object_id):
-                    unseen.discard(object_id)
-                    scanned = self._look_at(found)
-                    if scanned is not None:
-                        yield scanned
-                case TemporaryFile():
-                    try:
-                        freed = self._sweep(found)
-                    except OSError as error:
-                        yield ScanFailure(found.path, f"leftover: {error.strerror or error}")
-                    else:
-                        swept_files += freed is not None
-                        swept_bytes += freed or 0
-                case ScanFailure():
-                    yield found
-        for object_id in unseen:
-            self._forget_if_gone(object_id, object_path(self._root, object_id))
-        if swept_files:
-            log.info("tier.swept", root=str(self._root), files=swept_files, size_bytes=swept_bytes)
+    @property
+    def rescan_interval_s(self) -> float:
+        """As the configuration says."""
+        return self._rescan_interval_s
 
-    def _look_at(self, found: ObjectFile) -> ScannedObject | ScanFailure | None:
-        """None: it vanished."""
-        try:
-            fd, status = open_regular(found.path)
-            try:
-                head = read_head(fd)
-                self._record(found.object_id, fd, status.st_size)
-            finally:
-                os.close(fd)
-        except FileNotFoundError:
-            self._forget_if_gone(found.object_id, Path(found.path))
-            return None
-        except NotAFile as error:
-            return ScanFailure(found.path, str(error))
-        except OSError as error:
-            return ScanFailure(found.path, error.strerror or str(error))
-        return ScannedObject(found.object_id, head, status.st_size, status.st_mtime_ns)
+    def lead(self) -> bool:
+        """Whether this store has the root's janitor lock; takes it when it is free."""
+        return self._janitor.take()
 
-    def _sweep(self, found: TemporaryFile) -> int | None:
-        """Bytes freed; None if the file stays, or is gone. Raises OSError."""
-        if self._read_only:
-            return None
-        path = Path(found.path)
+    def find(self, object_id: ObjectId) -> FoundObject | None:
+        """What the object's file says of itself; what is in it is not looked at."""
+        status = self._status(object_id)
+        return None if status is None else FoundObject(status.st_size, status.st_mtime_ns)
+
+    def rescan(self) -> Iterator[ScannedObject | ScanFailure | Gone]:
+        """What others changed in folders whose modification time says that something did."""
+        self._require_open(None)
+        return self._survey.rescan()
+
+    def record_pin(self, key: bytes) -> None:
+        """Keep a pin as a file in the root."""
+        self._require_writable(f"the pin {key.hex()}")
+        record_pin(self._root / PINS, key)
+
+    def erase_pin(self, key: bytes) -> None:
+        """Remove a pin's file."""
+        self._require_writable(f"the pin {key.hex()}")
+        erase_pin(self._root / PINS, key)
+
+    def pins(self) -> list[bytes]:
+        """The keys of all pins' files."""
+        self._require_open(None)
+        return list_pins(self._root / PINS)
+
+    def _status(self, object_id: ObjectId) -> os.stat_result | None:
+        """Of the object's file; None if there is none."""
+        self._require_open(object_id)
+        path = object_path(self._root, object_id)
         try:
             status = path.lstat()
-            if found.owner.may_live(time.time() - status.st_mtime):
-                return None
-            path.unlink()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
-        return status.st_size
+        except OSError as error:
+            raise tier_error("look for", path, error) from error
+        return status if stat.S_ISREG(status.st_mode) else None
 
-    # ------------------------------------------------------------- accounting
-
-    def _record(self, object_id: ObjectId, fd: int, size: int) -> None:
-        """Note the size of a file that was found; nothing to do for most."""
-        if self._ledger.size(object_id) == size:
-            return
-        with self._lock:
-            status = os.fstat(fd)
-            # No links: deleted or replaced since it was opened, and the ledger knows.
-            if status.st_nlink:
-                self._ledger.record(object_id, status.st_size)
-
-    def _forget_if_gone(self, object_id: ObjectId, path: Path) -> None:
-        """Another process removed the file, unless a thread of ours has just stored it again."""
-        if self._ledger.size(object_id) is None:
-            return
-        with self._lock:
-            try:
-                path.lstat()
-            except (FileNotFoundError, NotADirectoryError):
-                self._ledger.forget(object_id)
-            except OSError:
-                pass  # it cannot be seen, so it may still take room
+    # ---------------------------------------------------------------- reading
 
     def _note_use(self, fd: int, status: os.stat_result) -> None:
         # The distance, not the age: after the clock was set back, times lie in the future.
@@ -330,22 +292,19 @@ class FileTier:
 
     # ------------------------------------------------------------------ state
 
-    def _require_open(self, object_id: ObjectId | None) -> None:
+    def _require_open(self, what: ObjectId | str | None) -> None:
         if self._closed:
-            what = f"; {object_id} was asked for" if object_id is not None else ""
-            raise TierError(f"the tier at {self._root} is closed{what}")
+            asked = f"; {what} was asked for" if what is not None else ""
+            raise TierError(f"the tier at {self._root} is closed{asked}")
 
-    def _require_writable(self, object_id: ObjectId) -> None:
-        self._require_open(object_id)
+    def _require_writable(self, what: ObjectId | str) -> None:
+        self._require_open(what)
         if self._read_only:
             raise TierError(
-                f"the tier at {self._root} was opened with read_only = true; "
-                f"{object_id} stays as it is"
+                f"the tier at {self._root} was opened with read_only = true; {what} stays as it is"
             )
 
     def _restart_after_fork(self) -> None:
-        # The thread that held the lock, or was writing, does not exist in the child.
-        self._lock = threading.Lock()
         self._ledger.restart_after_fork()
 
 

@@ -36,26 +36,48 @@ class TemporaryFile:
     path: str
 
 
+@attrs.frozen(slots=True)
+class Shard:
+    """A folder that objects are in, by the first byte of their keys."""
+
+    name: str
+    path: str
+
+    @property
+    def first_byte(self) -> int:
+        return int(self.name, 16)
+
+
 class NotAFile(Exception):
     """Something else than a regular file is where one belongs."""
 
 
-def walk(objects: Path) -> Iterator[ObjectFile | TemporaryFile | ScanFailure]:
-    """Everything below ``objects``, each once; never raises OSError.
+def list_shards(objects: Path) -> Iterator[Shard | ScanFailure]:
+    """The folders of a store, each once; never raises OSError.
 
-    Each folder is listed before its first entry is given, so that a caller may remove files,
-    and a name that moves within the folder meanwhile is not given twice.
+    A folder that cannot be listed at all, ``objects`` itself, is a failure of that location.
     """
-    for shard in _listing(objects):
-        if isinstance(shard, ScanFailure):
-            yield shard
-        elif not is_shard(shard.name):
-            yield ScanFailure(shard.path, "not a folder of the store: two hex digits")
-        elif not _is(shard, stat.S_IFDIR):
-            yield ScanFailure(shard.path, "not a folder")
+    for entry in _listing(objects):
+        if isinstance(entry, ScanFailure):
+            yield entry
+        elif not is_shard(entry.name):
+            yield ScanFailure(entry.path, "not a folder of the store: two hex digits")
+        elif not _is(entry, stat.S_IFDIR):
+            yield ScanFailure(entry.path, "not a folder")
         else:
-            for entry in _listing(Path(shard.path)):
-                yield entry if isinstance(entry, ScanFailure) else _judge(entry, shard.name)
+            yield Shard(entry.name, entry.path)
+
+
+def list_files(shard: Shard) -> list[ObjectFile | TemporaryFile | ScanFailure]:
+    """Everything in a folder of the store, each once; never raises OSError.
+
+    The folder is listed before anything of it is given, so that a caller may remove files, and
+    a name that moves within the folder meanwhile is not given twice.
+    """
+    return [
+        entry if isinstance(entry, ScanFailure) else _judge(entry, shard.name)
+        for entry in _listing(Path(shard.path))
+    ]
 
 
 def open_regular(path: str | os.PathLike[str]) -> tuple[int, os.stat_result]:

@@ -60,11 +60,32 @@ def test_a_quota_without_room_is_refused(tmp_path: Path, quota: int) -> None:
         DiskOptions(root=tmp_path, quota_bytes=ByteSize(quota))
 
 
+def use_instead_of_shared_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "erllama_tier_disk.shm.private_folder",
+        lambda *, create: private_folder(folder, create=create),
+    )
+
+
+def test_a_read_only_default_folder_is_not_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A read-only ram_file tier without a root says that there is nothing, and makes nothing."""
+    use_instead_of_shared_memory(tmp_path, monkeypatch)
+    with pytest.raises(TierError, match="creates nothing"):
+        provider("ram_file").factory(RamFileOptions(read_only=True))
+    assert list(tmp_path.iterdir()) == []
+    provider("ram_file").factory(RamFileOptions()).close()
+    tier = provider("ram_file").factory(RamFileOptions(read_only=True))
+    assert list(tier.scan()) == []
+    tier.close()
+
+
 def test_the_default_folder_is_this_users_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without a root, ram_file makes a private folder and uses it again."""
-    monkeypatch.setattr("erllama_tier_disk.shm.private_folder", lambda: private_folder(tmp_path))
+    use_instead_of_shared_memory(tmp_path, monkeypatch)
     before = os.umask(0)
     try:
         tier = provider("ram_file").factory(RamFileOptions())

@@ -464,7 +464,7 @@ def test_threads_on_the_same_names_agree(tier: FileTier, root: Path, make: MakeO
         thread.join()
     assert failures == []
     assert tier.usage().used_bytes == stored_bytes(root)
-    assert all(path.suffix == ".kvc" for path in files_below(root))
+    assert all(path.suffix == ".kvc" for path in files_below(root / "objects"))
 
 
 FORKING = """
@@ -481,7 +481,7 @@ tier.put(first, [b"first"])
 held, done = threading.Event(), threading.Event()
 
 def hold():
-    with tier._lock:
+    with tier._ledger.lock:
         held.set()
         done.wait()
 

@@ -246,12 +246,11 @@ class Restorer:
 
     def _fetch(self, request: Request, match: Match) -> None:
         self.empty(request)
-        if match.pieces:
-            self._pool.make_room(match.pieces[-1].entry.end, apart_from=request.live)
-            fitting = match.within(self._pool.ledger.free)
-            if fitting is not match:
-                match = fitting
-                _note(request, "too few free cells to import all that is stored")
+        if not self._pool.make_room(_cells(match), apart_from=request.live):
+            free = self._pool.ledger.free
+            # Ranges can be imported in part, the state of a whole sequence cannot.
+            match = match.within(free) if match.pieces else Match(covered=match.covered)
+            _note(request, "too few free cells to import all that is stored")
         match = self._admitted(request, match)
         if not match.length:
             request.saved = match.covered
@@ -325,7 +324,7 @@ class Restorer:
         """Whether there were cells enough."""
         match, live = fetch.match, request.live
         assert live is not None
-        if match.pieces and not self._pool.make_room(match.pieces[-1].entry.end, apart_from=live):
+        if not self._pool.make_room(_cells(match), apart_from=live):
             return False
         started = time.perf_counter()
         if match.pieces:
@@ -365,6 +364,11 @@ class Restorer:
             return True
         of_that_size = Mark(bytes(4 * size), b"", 0.0, self._n_vocab)
         return of_that_size.serves(request.options.sampling())
+
+
+def _cells(match: Match) -> int:
+    """Cells that an import takes: a block is imported whole before its end is cut off."""
+    return match.pieces[-1].entry.end if match.pieces else match.length
 
 
 def _note(request: Request, obstacle: str) -> None:

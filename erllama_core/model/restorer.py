@@ -97,6 +97,8 @@ class Restorer:
         if request.options.explain:
             request.finding = examine(self._space, request.keys, match, respelt=request.respelt)
         donor, length = self._live(request, match)
+        if match.length > length:
+            match = self._admitted(request, match)
         reach = max(length, match.length)
         leader, common = self._leader(request)
         if leader is not None and common - reach >= _WORTH_WAITING:
@@ -126,7 +128,7 @@ class Restorer:
 
     def _use_live(self, request: Request, match: Match, donor: LiveSequence, length: int) -> None:
         if not self._take_from(request, donor, length):
-            self._fetch(request, match)
+            self._fetch(request, self._admitted(request, match))
             return
         self._note_read(request, length, (RESIDENT,))
         request.saved = min(length, match.covered)
@@ -238,7 +240,6 @@ class Restorer:
             if fitting is not match:
                 match = fitting
                 _note(request, "too few free cells to import all that is stored")
-        match = self._admitted(request, match)
         if not match.length:
             request.saved = match.covered
             self._done(request, None, None)

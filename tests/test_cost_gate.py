@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from erllama_core.cache.gate import (
     worthwhile,
 )
 from erllama_core.interfaces.backend import CostPrior
+from held_tier import HeldTier, engine_with
 from stub_engine import KV_CLASSES, load_stub, make_engine
 from tiny_gguf import write_tiny_gguf
 
@@ -295,6 +297,49 @@ def test_the_part_in_memory_is_restored(tmp_path: Path) -> None:
         assert (told.kind, told.reused_tokens, told.tiers) == ("partial", 32, ("ram",))
         assert told.gate is not None
         assert told.gate.withheld_tokens == len(context) - 32
+
+
+def test_a_live_sequence_is_used_where_the_rest_is_withheld(tmp_path: Path) -> None:
+    """What the gate keeps back is no reason to leave a shorter resident alone."""
+    with gated_engine(tmp_path) as engine:
+        writer = gated_stub(engine, "writer")
+        context = writer.complete(PROMPT, response_tokens=4).context_tokens
+        engine.flush()
+        Stopwatch(engine, 5.0)
+        close_gate(writer, context)
+        model = gated_stub(engine, "reader", context_opts={"resident_cells_max": 1024})
+        assert explained(model, list(context[:40])).reused_tokens == 0
+        told = explained(model, longer(context, 4))
+        assert (told.reused_tokens, told.tiers) == (40, ("resident",))
+        assert told.gate is not None
+        assert told.gate.withheld_tokens == len(context)
+
+
+def test_reads_that_were_given_up_are_measured_too() -> None:
+    """A tier whose every read comes too late closes the gate like any slow one."""
+    held = HeldTier()
+    settings = {"loader_threads": 1, "read_timeout_ms": 20}
+    with engine_with({"held": held}, cache=settings) as engine:
+        model = gated_stub(engine, tier=["held"])
+        contexts = [
+            model.complete(f"{number} {PROMPT}", response_tokens=4).context_tokens
+            for number in range(8)
+        ]
+        engine.flush()
+        Stopwatch(engine, 5.0)
+        store = engine.cache.catalog.store("held")
+        gated_at = []
+        for number, context in enumerate(contexts):
+            held.reads.clear()
+            assert explained(model, longer(context, 0)).reused_tokens == 0
+            held.reads.set()
+            while store.rests_until_s or any(row.refcount for row in engine.cache.dump()):
+                time.sleep(0.001)
+            if engine.cache.counters().gated:
+                gated_at.append(number)
+        # Later than at the fourth where a read had not begun when it was given up.
+        assert gated_at
+        assert gated_at[0] >= 3
 
 
 @pytest.mark.parametrize(

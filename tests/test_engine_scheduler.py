@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -298,6 +299,28 @@ def test_a_step_over_its_budget_is_aborted(engine: Engine, kv_class: str) -> Non
 
 
 @pytest.mark.parametrize("kv_class", KV_CLASSES)
+def test_a_step_that_never_ends_is_left_behind(engine: Engine, kv_class: str) -> None:
+    """Its caller is told, a waiting one is served by a new context, and closing is not held up."""
+    held = gate(f"never-{kv_class}")
+    model = load_stub(
+        engine,
+        kv_class=kv_class,
+        context_opts={"n_seq_max": 1, "decode_budget_ms": 100},
+        faults={"hang_step": 3, "hang_gate": f"never-{kv_class}", "hang_deaf": True},
+    )
+    stream = model.infer(SHARED, session_id="s", response_tokens=30)
+    assert held.wait_reached(10)
+    waiting = model.infer("waiting", response_tokens=3)
+    with pytest.raises(DecodeTimeout):
+        stream.result()
+    same_as_alone(waiting.result(), kv_class)
+    again = model.complete(SHARED, session_id="s", response_tokens=5)
+    same_as_alone(again, kv_class)
+    model.unload()
+    held.open()
+
+
+@pytest.mark.parametrize("kv_class", KV_CLASSES)
 def test_prefill_only_computes_and_saves(engine: Engine, kv_class: str) -> None:
     """The prompt alone; a second time it is an exact hit, and a longer one goes on from it."""
     model = load_stub(engine, kv_class=kv_class)
@@ -352,8 +375,6 @@ def test_cancelled_streams_leave_nothing_behind(engine: Engine) -> None:
 
 
 def load_many(model: Model, errors: list[Exception], seed: int) -> None:
-    import random
-
     chance = random.Random(seed)
     prompts = [SHARED[: chance.randint(1, 150)] for _ in range(3)]
     for turn in range(25):
@@ -371,7 +392,7 @@ def load_many(model: Model, errors: list[Exception], seed: int) -> None:
             done = stream.result()
         except TimeoutExceeded:
             continue
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - told by the test's own thread
             errors.append(error)
             return
         prompt = done.context_tokens[: done.stats.prompt_tokens]

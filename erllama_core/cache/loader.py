@@ -247,6 +247,7 @@ class Loader:
         if late:
             if ok and part.copy is not None:
                 part.copy.tier.rests_until_s = 0.0  # it answers again
+                _take_note_of_costs([part])
             _release(self._catalog, (part,))
         elif last:
             self._deadlines.discard(fetch)

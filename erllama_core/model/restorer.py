@@ -111,6 +111,8 @@ class Restorer:
         if request.options.explain:
             request.finding = examine(self._space, request.keys, match, respelt=request.respelt)
         donor, length = self._live(request, match)
+        if match.length > length:
+            match = self._admitted(request, match)
         reach = max(length, match.length)
         leader, common = self._leader(request)
         if leader is not None and common - reach >= _WORTH_WAITING:
@@ -140,7 +142,7 @@ class Restorer:
 
     def _use_live(self, request: Request, match: Match, donor: LiveSequence, length: int) -> None:
         if not self._take_from(request, donor, length):
-            self._fetch(request, match)
+            self._fetch(request, self._admitted(request, match))
             return
         self._note_read(request, length, (RESIDENT,))
         request.saved = min(length, match.covered)
@@ -251,7 +253,6 @@ class Restorer:
             # Ranges can be imported in part, the state of a whole sequence cannot.
             match = match.within(free) if match.pieces else Match(covered=match.covered)
             _note(request, "too few free cells to import all that is stored")
-        match = self._admitted(request, match)
         if not match.length:
             request.saved = match.covered
             self._done(request, None, None)

@@ -86,7 +86,7 @@ def measure(path: Path, pairs: int) -> dict[str, Any]:
                 backend="llama",
                 model_path=str(path),
                 tier=["ram", "disk"],
-                context_opts={"n_ctx": CONTEXT_TOKENS},
+                context_opts={"n_ctx": CONTEXT_TOKENS, "resident_cells_max": 0},
             )
             prompt = demo_prompt(model)
             figures = _pairs(engine, model, prompt, BareLoop(path, _threads()), pairs)

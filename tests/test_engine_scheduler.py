@@ -354,6 +354,18 @@ def test_residents_serve_who_goes_on_from_them(
     same_as_alone(again, kv_class)
 
 
+@pytest.mark.parametrize("unified", CELLS)
+@pytest.mark.parametrize("n_seq_max", [1, 2])
+def test_residents_are_bounded(engine: Engine, unified: bool, n_seq_max: int) -> None:
+    """With no cells to hold on to, finished contexts come back from the tiers."""
+    options: dict[str, Any] = {"n_seq_max": n_seq_max, "kv_unified": unified}
+    model = load_stub(engine, context_opts={**options, "resident_cells_max": 0})
+    model.complete(SHARED, response_tokens=5)
+    again = model.complete(SHARED, response_tokens=5, explain=True)
+    assert again.stats.explain is not None
+    assert again.stats.explain.tiers == ("ram",)
+
+
 def test_cancelled_streams_leave_nothing_behind(engine: Engine) -> None:
     """However many are dropped, and in whatever phase, sequences come back."""
     model = load_stub(engine, context_opts={"n_seq_max": 3}, policy={"prefill_chunk_size": 16})

@@ -86,7 +86,8 @@ def _engine(setup: Setup) -> Iterator[tuple[Engine, Model]]:
             backend="llama",
             model_path=setup.model_path,
             tier=["ram", "disk"],
-            context_opts={"n_ctx": CONTEXT_TOKENS},
+            # No residents: every step is to show what the tiers have.
+            context_opts={"n_ctx": CONTEXT_TOKENS, "resident_cells_max": 0},
         )
         engine.cache.wait_scanned()
         yield engine, model

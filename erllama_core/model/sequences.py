@@ -173,12 +173,16 @@ class SequencePool:
         if most is None:
             return
         free = [live for live in self._in_order_of_loss() if live.session is None]
-        held = sum(self.ledger.exclusive(live.seq) for live in free)
+        held = sum(map(self._cells_of, free))
         for live in free:
             if held <= most:
                 return
-            held -= self.ledger.exclusive(live.seq)
+            held -= self._cells_of(live)
             self.drop(live)
+
+    def _cells_of(self, live: LiveSequence) -> int:
+        """Cells that dropping a sequence gives back."""
+        return self.ledger.exclusive(live.seq) if self.ledger.is_pooled else live.length
 
     def drop_all_idle(self) -> None:
         """Drop every resident, pinned or not."""

@@ -3,7 +3,7 @@
 #   make demo    see the cache at work, on a small real model
 #   make test    what must pass before a change is accepted
 #   make fast    the same without a model
-#   make long    what takes minutes: random crashes and property runs
+#   make long    what takes a quarter of an hour: random crashes and property runs
 #   make bench-cache    the cache's figures beside their targets; TRACE=file replays another trace
 #
 # Each sets .venv up first; make PYTHON=python3.12 chooses the interpreter it is made with.

@@ -138,4 +138,5 @@ def test_a_scan_beside_living_writers_takes_nothing_from_them(root: Path) -> Non
                 assert isinstance(found, ScannedObject)
         assert first.poll() is None
         assert second.poll() is None
+    tier.close()  # it is the root's janitor until then, and only that one sweeps
     check_store(root)

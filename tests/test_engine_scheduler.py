@@ -361,6 +361,7 @@ def test_residents_are_bounded(engine: Engine, unified: bool, n_seq_max: int) ->
     options: dict[str, Any] = {"n_seq_max": n_seq_max, "kv_unified": unified}
     model = load_stub(engine, context_opts={**options, "resident_cells_max": 0})
     model.complete(SHARED, response_tokens=5)
+    engine.flush()  # until then its state comes from a save buffer, or from both
     again = model.complete(SHARED, response_tokens=5, explain=True)
     assert again.stats.explain is not None
     assert again.stats.explain.tiers == ("ram",)

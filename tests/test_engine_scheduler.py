@@ -5,9 +5,11 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from erllama_backend_stub.faults import gate
 from erllama_core import Completion, Engine, Model, Stream
@@ -17,9 +19,11 @@ from erllama_core.errors import (
     NoSession,
     SeqCapacity,
     StickyBusy,
+    TierError,
     TimeoutExceeded,
     TranscriptMismatch,
 )
+from erllama_tier_disk.store import FileTier
 from stub_engine import KV_CLASSES, load_stub, make_engine
 
 SHARED = "You are a patient assistant who answers in short sentences and never guesses. " * 2
@@ -243,6 +247,85 @@ def test_a_reset_session_is_gone_with_its_request(engine: Engine) -> None:
     assert not model.reset_session("s")
     again = model.complete(SHARED, session_id="s", response_tokens=2)
     assert again.cache_hit_kind == "cold"
+
+
+@pytest.mark.parametrize("kv_class", KV_CLASSES)
+def test_a_reset_right_behind_an_answer_ends_nobody_else(engine: Engine, kv_class: str) -> None:
+    """A turn that was answered, and whose last token is still to be computed, may be reset."""
+    held = gate(f"behind-{kv_class}")
+    model = load_stub(
+        engine, kv_class=kv_class, faults={"hang_step": 3, "hang_gate": f"behind-{kv_class}"}
+    )
+    first = model.complete(SHARED, session_id="s", response_tokens=1)  # steps: prompt, reply
+    turn = [*first.context_tokens, 65]
+    stream = model.infer(turn, session_id="s", response_tokens=1)
+    assert held.wait_reached(10)
+    resetting = threading.Thread(target=model.reset_session, args=("s",))
+    resetting.start()
+    while not _is_gone(model, "s"):  # it is asked for while the step runs that ends the turn
+        resetting.join(0.001)
+    held.open()
+    assert len(stream.result().generated) == 1
+    resetting.join(10)
+    assert not resetting.is_alive()
+    same_as_alone(model.complete(turn, session_id="s", response_tokens=4), kv_class)
+    assert model.settle(10)
+    assert model.info().available_seqs == 2
+
+
+def _is_gone(model: Model, session_id: str) -> bool:
+    try:
+        model.continue_session([], session_id=session_id)
+    except StickyBusy:
+        return False
+    except NoSession:
+        return True
+    raise AssertionError("a turn began that should not have")
+
+
+def test_who_follows_a_request_that_is_respelt_gets_its_own_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A leader that goes on with other tokens of its text is followed as far as both agree."""
+    system = "<|im_start|>system\n" + "a" * 80 + "<|im_end|>"
+    asked = "nothing in the thing " * 4
+    options: dict[str, Any] = {
+        "tier": ["ram", "disk"],
+        "digraphs": True,
+        "context_opts": {"n_ctx": 4096, "n_seq_max": 3},
+    }
+    with make_engine(tmp_path) as engine:
+        load_stub(engine, **options).complete(system, response_tokens=1)
+    reached, go_on = threading.Event(), threading.Event()
+    read = FileTier.read
+
+    def first_read_fails(*arguments: Any) -> memoryview:
+        if threading.current_thread().name.startswith("erllama") and not reached.is_set():
+            reached.set()
+            assert go_on.wait(20)
+            raise TierError("a bad sector")
+        return read(*arguments)
+
+    with capture_logs(), make_engine(tmp_path) as engine:
+        model = load_stub(engine, **options)
+        assert engine.cache.wait_scanned(10)
+        monkeypatch.setattr(FileTier, "read", first_read_fails)
+        text = system + asked + "<|im_end|>"
+        leader = model.infer(text, response_tokens=8)
+        assert reached.wait(10)
+        canonical = list(model.tokenize(text))
+        follower = model.infer([*canonical, 66], response_tokens=20)  # ids are not respelt
+        spelt = [*model.tokenize(system), *asked.encode()]
+        model.complete(spelt, response_tokens=1)
+        model.complete([*spelt, 260], response_tokens=1)
+        assert model.phase() == "prefilling", "the leader is loading, and is followed"
+        go_on.set()
+        respelt, done = leader.result(), follower.result()
+        assert respelt.context_tokens[: len(spelt)] == tuple(spelt), "it was respelt"
+        assert done.context_tokens[: len(canonical)] == tuple(canonical)
+    with make_engine() as engine:
+        alone = load_stub(engine, **{**options, "tier": []})
+        assert done.generated == alone.complete([*canonical, 66], response_tokens=20).generated
 
 
 def test_a_full_model_can_say_so(engine: Engine) -> None:

@@ -234,7 +234,11 @@ class Restorer:
 
     def _share_with(self, request: Request, leader: Request) -> None:
         request.leader = None
-        length = min(leader.computed, request.follow_until)
+        assert leader.keys is not None
+        assert request.keys is not None
+        # Compared anew: the leader may have gone on with other tokens of its text since.
+        agreed = shared_tokens(leader.keys, request.keys)
+        length = min(leader.computed, request.follow_until, agreed)
         whole = self._context.kv_class is KVClass.SPAN or length == leader.computed
         source = leader.live
         if not (length and whole and source and self._take_from(request, source, length)):

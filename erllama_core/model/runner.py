@@ -139,8 +139,11 @@ class Runner:
         request = session.request
         if request is not None and request.phase is not Phase.ENDED:
             self._fail(request, EngineReset(f"session {session.id!r} was reset"))
-        if session.live is not None:
-            self.pool.forget(session.live)
+        live = session.live
+        if live is not None and live.is_idle:
+            self.pool.forget(live)
+        elif live is not None and live.request is not None:
+            self._release(live.request)  # answered, its last token still to be computed
         done()
 
     @property

@@ -7,6 +7,7 @@ from erllama_core.config.check import (
     not_yet_effective,
 )
 from erllama_core.config.classes import (
+    AdapterConfig,
     CacheConfig,
     EngineConfig,
     EngineSettings,
@@ -21,6 +22,7 @@ from erllama_core.config.structuring import structure_options
 from erllama_core.interfaces.markers import ThinkingMarkers, ToolCallMarkers
 
 __all__ = [
+    "AdapterConfig",
     "CacheConfig",
     "EngineConfig",
     "EngineSettings",

@@ -22,6 +22,7 @@ from erllama_core.interfaces.backend import (
     Quantisation,
     Vocabulary,
 )
+from erllama_core.model.adapters import Adapters, open_adapter
 from erllama_core.model.fingerprint import (
     chunked_fingerprint,
     combined,
@@ -63,6 +64,7 @@ def open_model(
             raise ModelLoadError(f"the model file {path} was changed while it was loaded")
         quantisation = _quantisation(config, backend)
         rendering = _rendering(backend.vocabulary)
+        adapters = _adapters(config, backend)
     except BaseException:
         backend.close()
         raise
@@ -106,6 +108,7 @@ def open_model(
             decode_budget_ms=chosen.decode_budget_ms,
             resident_cells_max=chosen.resident_cells_max,
         ),
+        adapters,
     )
     try:
         context = _start(worker, provider)
@@ -199,6 +202,14 @@ def _quantisation(config: ModelConfig, backend: BackendModel) -> Quantisation:
     if config.quant_bits is not None and config.quant_bits != found.bits:
         raise _problem("quant_bits", f"the weights have {found.bits} bits, not {config.quant_bits}")
     return found
+
+
+def _adapters(config: ModelConfig, backend: BackendModel) -> Adapters:
+    """The adapters that are loaded with the model; closing it frees them."""
+    return tuple(
+        open_adapter(backend, config.backend, one.path, name=one.name, scale=one.scale)
+        for one in config.adapters
+    )
 
 
 def _rendering(vocabulary: Vocabulary) -> Rendering:

@@ -26,6 +26,7 @@ from erllama_core.errors import (
 from erllama_core.interfaces.backend import BackendModel, Context, Mark, Row
 from erllama_core.interfaces.block import TOKEN_BYTES
 from erllama_core.interfaces.log import get_logger
+from erllama_core.model.adapters import AdapterTable, Barrier
 from erllama_core.model.explain import explain
 from erllama_core.model.request import Phase, Request
 from erllama_core.model.restorer import Restorer
@@ -65,6 +66,7 @@ class Runner:
         policy: SavePolicy,
         sessions: SessionTable,
         *,
+        adapters: AdapterTable,
         resident_cells_max: int | None,
         ended: Callable[[Request], None],
     ) -> None:
@@ -72,6 +74,7 @@ class Runner:
         self._model: Final = model
         self._policy: Final = policy
         self._sessions: Final = sessions
+        self._adapters: Final = adapters
         self._resident_cells_max: Final = resident_cells_max
         self._ended: Final = ended
         self._inbox: Final[queue.SimpleQueue[Callable[[], None]]] = queue.SimpleQueue()
@@ -98,6 +101,7 @@ class Runner:
         self.pool: SequencePool
         self._restorer: Restorer
         self._composer: TickComposer
+        self._barrier: Barrier
 
     # ----------------------------------------------------- from other threads
 
@@ -182,6 +186,15 @@ class Runner:
         self._composer = TickComposer(
             context.n_batch, self._policy.prefill_chunk_size, self._policy.stall_target_ms
         )
+        self._barrier = Barrier(
+            self._adapters,
+            context,
+            self.space,
+            self.pool,
+            watched=self._watched,
+            save_timeout_s=self._policy.evict_save_timeout_ms / 1000,
+        )
+        self._barrier.open()
 
     def close_context(self) -> None:
         """Free the context, if it was opened."""
@@ -196,6 +209,7 @@ class Runner:
             self._end_overdue()
             self._tick()
             self._restorer.settle_followers()
+            self._barrier.proceed(drained=not self.active and not self._has_preempted)
             self._admit()  # after whatever sets sequences free, so that nobody waits for news
             if self._settling:
                 self._let_settled()
@@ -234,6 +248,7 @@ class Runner:
 
     def shut_down(self) -> None:
         """Answer everybody, then save what there is. Who submits from now on is told at once."""
+        self._adapters.fail_all(EngineClosed(f"model {self.name!r} was closed"))
         self._drain(lambda: not self._inbox.empty())
         error = EngineClosed(f"model {self.name!r} was closed before the request ended")
         requests = [*self.active, *self.waiting]
@@ -271,6 +286,9 @@ class Runner:
         """Give sequences to waiting requests, in order, as long as the first one can have one."""
         while self.waiting:
             request = self.waiting[0]
+            if self._barrier.is_down and not request.was_preempted:
+                return  # it runs with the adapters that come
+            self._rename(request)
             live = self._place_for(request)
             if live is None:
                 return
@@ -278,6 +296,17 @@ class Runner:
             self._occupy(live, request)
             self.active.append(request)
             self._guard(request, self._restorer.start)
+
+    @property
+    def _has_preempted(self) -> bool:
+        """Whether one that began before waits to go on."""
+        return any(request.was_preempted for request in self.waiting)
+
+    def _rename(self, request: Request) -> None:
+        """Name a request's context for the adapters that are in effect now."""
+        salt = request.options.cache_salt
+        if request.keys is None or request.keys.namespace != self.space.namespace(salt):
+            request.keys = self.space.keys(request.tokens, salt)
 
     def _place_for(self, request: Request) -> LiveSequence | None:
         """The sequence that a request gets now; None when it has to wait."""
@@ -547,19 +576,29 @@ class Runner:
 
     def _step(self, batch: Sequence[Request], rows: Sequence[Row]) -> Exception | None:
         self.batch = tuple(batch)
+        try:
+            self._watched(lambda: self.context.step(rows))
+        except Abandoned:
+            raise
+        except Exception as error:  # noqa: BLE001 - a backend's own code
+            return error
+        finally:
+            self.batch = ()
+        return None
+
+    def _watched(self, call: Callable[[], None]) -> None:
+        """Run a call that computes, for as long as the watchdog lets it. Raises Abandoned."""
+        if self.abandoned:
+            raise Abandoned
         self.over_budget = False
         self.step_number += 1
         self.step_began = time.monotonic()
         try:
-            self.context.step(rows)
-        except Exception as error:  # noqa: BLE001 - a backend's own code
-            return error
+            call()
         finally:
             self.step_began = None
-            self.batch = ()
             if self.abandoned:
                 raise Abandoned
-        return None
 
     def _recover(self, batch: Sequence[Request], error: Exception) -> None:
         """A step failed. Its callers get an answer, and what can go on goes on."""

@@ -16,9 +16,16 @@ import attrs
 from erllama_core import results
 from erllama_core.cache.policy import SavePolicy
 from erllama_core.cache.space import ModelSpace
-from erllama_core.errors import DecodeTimeout, EngineClosed, ModelLoadError, SeqCapacity
+from erllama_core.errors import (
+    DecodeTimeout,
+    EngineClosed,
+    ModelLoadError,
+    NotSupported,
+    SeqCapacity,
+)
 from erllama_core.interfaces.backend import BackendModel, Context, KVClass
 from erllama_core.interfaces.log import get_logger
+from erllama_core.model.adapters import Adapters, AdapterTable
 from erllama_core.model.explain import Finding, examine
 from erllama_core.model.request import Phase, Request
 from erllama_core.model.runner import Abandoned, Runner, close_sampler
@@ -56,6 +63,7 @@ class Worker:
         model: BackendModel,
         open_space: Callable[[Context], ModelSpace],
         options: WorkerOptions,
+        adapters: Adapters = (),
     ) -> None:
         self.name: Final = name
         self._model: Final = model
@@ -64,6 +72,7 @@ class Worker:
         self._lock: Final = threading.Lock()
         self._accepts = True
         self._sessions: Final = SessionTable()
+        self._adapters: Final = AdapterTable(model, adapters)
         self._unfinished: Final[set[Request]] = set()
         self._runners_alive = 0
         self._runner, self._thread = self._new_runner()
@@ -205,6 +214,30 @@ class Worker:
                 break
         return True
 
+    # --------------------------------------------------------------- adapters
+
+    @property
+    def adapters(self) -> Adapters:
+        """Those in effect. Waits for nobody."""
+        return self._adapters.current
+
+    def change_adapters(
+        self, apply: Callable[[Adapters], Adapters], timeout_s: float | None = None
+    ) -> None:
+        """Have other adapters from now on: requests that run end first, and others wait.
+
+        ``apply`` makes the new ones from those there are, and changes nothing else. Raises what
+        it raises, AdapterTimeout, what attaching them raises, EngineClosed.
+        """
+        if threading.current_thread() is self._thread:
+            raise NotSupported("a stream processor cannot change adapters: its own request runs")
+        with self._lock:
+            self._check_accepts()
+            change = self._adapters.ask(apply)
+            self._runner.post(_nothing)
+        # Whom it held up is let in when it is taken back.
+        self._adapters.wait(change, timeout_s, lambda: self._runner.post(_nothing))
+
     # ------------------------------------------------------------------ state
 
     def settle(self, timeout_s: float | None = None) -> bool:
@@ -324,6 +357,7 @@ class Worker:
             self._model,
             self._options.policy,
             self._sessions,
+            adapters=self._adapters,
             resident_cells_max=self._options.resident_cells_max,
             ended=self._ended,
         )
@@ -354,6 +388,7 @@ class Worker:
             self._runners_alive -= 1
             last = not self._runners_alive and not self._accepts
         if last:
+            self._adapters.close()
             try:
                 self._model.close()
             except Exception:
@@ -373,6 +408,7 @@ class Worker:
                 before.hand_messages_to(runner)
             if not self._accepts:
                 runner.post(runner.stop)
+        runner.post(_nothing)  # so that it looks at what waits for it
         self._opened.set()
 
     def _serve(self, runner: Runner) -> None:
@@ -395,10 +431,10 @@ class Worker:
             self._accepts = False
             left = list(self._unfinished)
             self._runner.waiting.clear()
+        lost = ModelLoadError(f"model {self.name!r} has no context", reason=repr(error))
         for request in left:
-            self._answer_lost(
-                request, ModelLoadError(f"model {self.name!r} has no context", reason=repr(error))
-            )
+            self._answer_lost(request, lost)
+        self._adapters.fail_all(lost)
 
     # ---------------------------------------------------------------- watchdog
 

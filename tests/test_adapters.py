@@ -30,6 +30,7 @@ from erllama_core.errors import (
 from erllama_core.hookspecs import hookimpl
 from erllama_core.interfaces.backend import BackendRequest
 from erllama_core.providers import BackendProvider
+from held_tier import HeldTier, engine_with
 from stub_engine import KV_CLASSES, load_stub, make_engine
 
 PROMPT = "An old clockmaker repairs the same clock every autumn, and never says why. " * 2
@@ -201,18 +202,13 @@ def test_a_scale_of_zero_is_no_adapter(
     engine: Engine, files: Callable[[str], Path], kv_class: str
 ) -> None:
     """It shares the state of the bare model, and changing to it waits for nobody."""
-    name = f"zero-{kv_class}"
-    held = gate(name)
-    faults = {"hang_step": 4, "hang_gate": name}
-    model = load_stub(engine, kv_class=kv_class, faults=faults)
+    model = load_stub(engine, kv_class=kv_class, decode_us=2000.0)
     bare = model.complete(PROMPT, response_tokens=2)
     engine.flush()
-    running = model.infer("Who waits for whom?", response_tokens=5)
-    assert held.wait_reached(10)
-    call = InThread(lambda: model.load_adapter(files("a"), scale=0))
-    wait_until(lambda: changes_asked(model) == 1)
-    held.open()
-    call.result()
+    running = model.infer("Who waits for whom?", response_tokens=900)
+    model.load_adapter(files("a"), scale=0)
+    assert model.queue_depth() == 1
+    running.cancel()
     assert says(running.result(), kv_class=kv_class)
     assert [(one.name, one.scale) for one in model.list_adapters()] == [("a", 0.0)]
     done = model.complete(PROMPT, response_tokens=2)
@@ -332,6 +328,7 @@ def test_running_requests_end_with_the_adapters_they_began_with(
     for stream in (*waiting, *late):
         done = stream.result()
         assert says(done, path, kv_class=kv_class)
+    engine.flush()
     again = [model.complete(f"{n}: {PROMPT}", response_tokens=10) for n in range(3)]
     assert {done.cache_hit_kind for done in again} == {"exact"}
 
@@ -442,6 +439,58 @@ def test_whoever_a_withdrawn_change_held_up_goes_on(
     held.open()
     assert says(late.result())
     assert says(running.result())
+
+
+def test_a_withdrawn_change_wakes_a_worker_that_has_nothing_to_do(
+    files: Callable[[str], Path],
+) -> None:
+    """While the only running request waits for a slow tier, whom the change held up is let in."""
+    held = HeldTier()
+    with engine_with({"held": held}) as engine:
+        model = load_stub(engine, tier=["held"])
+        model.complete(PROMPT, response_tokens=4)
+        engine.flush()
+        held.reads.clear()
+        running = model.infer(PROMPT + "and", response_tokens=4)
+        assert held.asked.acquire(timeout=10)
+        call = InThread(lambda: model.load_adapter(files("a"), timeout_s=0.05))
+        wait_until(lambda: changes_asked(model) == 1)
+        late = model.infer("Something else", response_tokens=2)
+        with pytest.raises(AdapterTimeout):
+            call.result()
+        assert says(late.result())
+        held.reads.set()
+        assert says(running.result())
+
+
+@pytest.mark.parametrize("kv_class", KV_CLASSES)
+def test_what_was_not_saved_before_is_saved_at_the_barrier(
+    files: Callable[[str], Path], kv_class: str
+) -> None:
+    """A resident whose save found no room is stored before its cells go, room or none."""
+    held = HeldTier()
+    with engine_with({"held": held}, cache={"max_inflight_bytes": 12_000}) as engine:
+        model = load_stub(
+            engine,
+            tier=["held"],
+            kv_class=kv_class,
+            context_opts={**ROOM, "resident_cells_max": 4096},
+            policy={"continued_interval": 0},
+        )
+        held.writes.clear()
+        texts = [f"{n} {PROMPT}" for n in range(3)]
+        done = [model.complete(text, response_tokens=40) for text in texts]
+        assert model.settle(10)
+        assert engine.cache.counters().saves_dropped > 0
+        call = InThread(lambda: model.load_adapter(files("a")))
+        wait_until(lambda: call.is_over or model.info().available_seqs == 4)
+        held.writes.set()
+        call.result()
+        engine.flush()
+        model.unload_adapter("a")
+        for one in done:
+            again = model.complete([*one.context_tokens, 65], response_tokens=2)
+            assert again.cache_delta.read == one.committed_tokens
 
 
 def test_waiting_requests_can_end_during_a_barrier(
@@ -719,9 +768,13 @@ def test_adapters_that_left_are_freed(engine: Engine, files: Callable[[str], Pat
     _, b = weights()
     model.unload_adapter("a")
     closed.append(a.is_closed)
+    model.load_adapter(files("c"), scale=0)
+    _, c = weights()
+    model.unload_adapter("c")
+    closed.append(c.is_closed)
     model.unload()
     closed.append(b.is_closed)
-    assert closed == [False, True, True]
+    assert closed == [False, True, True, True]
 
 
 @pytest.mark.parametrize("unified", CELLS)

@@ -447,5 +447,11 @@ def write_tiny_lora(
 
 
 def _add_value(writer: GGUFWriter, key: str, value: Any) -> None:
-    kinds = {str: writer.add_string, float: writer.add_float32, int: writer.add_uint32}
-    kinds.get(type(value), writer.add_array)(key, value)
+    if isinstance(value, str):
+        writer.add_string(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    else:
+        writer.add_array(key, value)

@@ -147,7 +147,8 @@ class StubContext:
     def set_adapters(self, adapters: Items[tuple[StubAdapter, float]]) -> None:
         """Compute with these from now on. For the faults it counts as a step.
 
-        RuntimeError while any sequence has cells, for a closed adapter, and for a scale of 0.
+        When it fails, with none of the old ones nor the new. RuntimeError while any sequence
+        has cells, for a closed adapter, and for a scale of 0.
         """
         self._enter()
         if any(len(sequence) or sequence.must_drop for sequence in self._sequences):
@@ -155,9 +156,13 @@ class StubContext:
         if any(adapter.is_closed or not scale for adapter, scale in adapters):
             raise RuntimeError("a closed adapter, or one of no effect, cannot be attached")
         self._aborted.clear()
+        self._adapters = ()
+        self._use_key(b"neither the old ones nor the new ones")
         self._meet_fault()
         self._adapters = tuple(adapters)
-        key = adapted_key(self._own_maker.key, adapters)
+        self._use_key(adapted_key(self._own_maker.key, adapters))
+
+    def _use_key(self, key: bytes) -> None:
         maker = CellMaker(key, self._cell_bytes)
         for sequence in self._sequences:
             sequence.maker = maker

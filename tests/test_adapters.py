@@ -206,6 +206,7 @@ def test_a_scale_of_zero_is_no_adapter(
     bare = model.complete(PROMPT, response_tokens=2)
     engine.flush()
     running = model.infer("Who waits for whom?", response_tokens=900)
+    running.next_event(10)
     model.load_adapter(files("a"), scale=0)
     assert model.queue_depth() == 1
     running.cancel()
@@ -446,7 +447,7 @@ def test_a_withdrawn_change_wakes_a_worker_that_has_nothing_to_do(
 ) -> None:
     """While the only running request waits for a slow tier, whom the change held up is let in."""
     held = HeldTier()
-    with engine_with({"held": held}) as engine:
+    with engine_with({"held": held}, cache={"read_timeout_ms": 60_000}) as engine:
         model = load_stub(engine, tier=["held"])
         model.complete(PROMPT, response_tokens=4)
         engine.flush()
@@ -458,8 +459,11 @@ def test_a_withdrawn_change_wakes_a_worker_that_has_nothing_to_do(
         late = model.infer("Something else", response_tokens=2)
         with pytest.raises(AdapterTimeout):
             call.result()
+        try:
+            late.next_event(10)
+        finally:
+            held.reads.set()
         assert says(late.result())
-        held.reads.set()
         assert says(running.result())
 
 

@@ -25,7 +25,6 @@ from erllama_core.errors import (
     AdapterNotFound,
     AdapterTimeout,
     AlreadyLoaded,
-    DecodeTimeout,
     ErllamaError,
     ModelLoadError,
     NotSupported,
@@ -34,7 +33,10 @@ from erllama_core.errors import (
 from erllama_core.interfaces.backend import Adapter, Adapts, BackendModel, Context
 from erllama_core.interfaces.log import get_logger
 from erllama_core.model.fingerprint import file_fingerprint
+from erllama_core.model.request import Request
+from erllama_core.model.roster import Roster
 from erllama_core.model.sequences import SequencePool
+from erllama_core.model.watch import Abandoned, StepWatch
 from erllama_core.results import AdapterInfo
 
 log = get_logger("erllama.model")
@@ -303,8 +305,7 @@ class AdapterTable:
 class Barrier:
     """Makes the changes of a table in one context. The worker's alone.
 
-    ``watched`` runs a call that computes, so that one that does not come back is noticed; if the
-    worker was given up meanwhile, or before, it raises what ends the worker.
+    ``watch`` notices attaching that does not come back.
     """
 
     def __init__(
@@ -313,15 +314,17 @@ class Barrier:
         context: Context,
         space: ModelSpace,
         pool: SequencePool,
+        roster: Roster,
+        watch: StepWatch,
         *,
-        watched: Callable[[Callable[[], None]], None],
         save_timeout_s: float,
     ) -> None:
         self._table: Final = table
         self._context: Final = context
         self._space: Final = space
         self._pool: Final = pool
-        self._watched: Final = watched
+        self._roster: Final = roster
+        self._watch: Final = watch
         self._save_timeout_s: Final = save_timeout_s
 
     def open(self) -> None:
@@ -331,20 +334,30 @@ class Barrier:
             self._table.attach(self._context, current)
         self._space.adapt(names_of_state(current))
 
-    @property
-    def is_down(self) -> bool:
-        """Whether a change waits: nobody is to be let in before it."""
-        return self._table.first() is not None
+    def may_begin(self, request: Request) -> bool:
+        """Whether a waiting request may be let in now; its context is then named for that.
 
-    def proceed(self, *, drained: bool) -> None:
-        """Make the changes that can be made, in order.
-
-        ``drained``: all have ended who were let in. What changes no state does not wait for them.
+        While a change waits, only one that had begun, and goes on.
         """
+        if not request.order and self._table.first() is not None:
+            return False
+        salt = request.options.cache_salt
+        if request.keys is None or request.keys.namespace != self._space.namespace(salt):
+            request.keys = self._space.keys(request.tokens, salt)
+        return True
+
+    @property
+    def _is_drained(self) -> bool:
+        """Whether all have ended who had begun."""
+        return not self._roster.active and not any(r.order for r in self._roster.waiting)
+
+    def proceed(self) -> None:
+        """Make the changes that can be made, in order. What changes no state waits for nobody."""
         table = self._table
         while (change := table.first()) is not None:
-            if change.has_begun:  # by another worker, which was given up in the middle of it
-                table.finish(change, DecodeTimeout("the context hung as its adapters were changed"))
+            if change.has_begun:  # in another context, which was given up in the middle of it
+                lost = "the context was lost as these adapters were attached, and is replaced"
+                table.finish(change, AdapterLoadError(lost))
                 continue
             before = table.current
             try:
@@ -353,7 +366,7 @@ class Barrier:
                 table.finish(change, error)
                 continue
             if names_of_state(after) != names_of_state(before):
-                if not drained:
+                if not self._is_drained:
                     return
                 if table.begin(change):
                     self._make(change, before, after)
@@ -363,9 +376,11 @@ class Barrier:
     def _make(self, change: Change, before: Adapters, after: Adapters) -> None:
         self._save_and_drop()
         try:
-            self._watched(lambda: self._table.attach(self._context, after))
+            self._attach(after)
+        except Abandoned:
+            raise
         except Exception as error:  # noqa: BLE001 - a backend's own code; told to the caller
-            self._watched(lambda: self._table.attach(self._context, before))
+            self._attach(before)
             self._table.finish(change, _as_refusal(error))
             return
         self._space.adapt(names_of_state(after))
@@ -373,12 +388,18 @@ class Barrier:
         self._table.finish(change, after)
         self._free_left(before, after)
 
+    def _attach(self, adapters: Adapters) -> None:
+        self._watch.begin(())
+        try:
+            self._table.attach(self._context, adapters)
+        finally:
+            self._watch.end()
+
     def _save_and_drop(self) -> None:
         """Empty every sequence. What it held is of use when these adapters come back."""
         deadline = time.monotonic() + self._save_timeout_s
-        for live in self._pool.all:
-            if not live.is_resident or live.request is None:
-                continue
+        for live in self._pool.residents():
+            assert live.request is not None
             drops = live.request.drops
             self._pool.save(live)
             if live.request.drops > drops:  # too much is on its way; nobody else is waiting now

@@ -53,6 +53,7 @@ class _Refused(click.ClickException):
 
 
 _COMMANDS: Final = {
+    "bench": "erllama_core.cli.bench:bench",
     "cache": "erllama_core.cli.cache:cache",
     "check": "erllama_core.cli.check:check",
     "demo": "erllama_core.cli.demo:demo",

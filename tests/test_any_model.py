@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,7 +20,7 @@ TEXT = "The keeper of the lamp climbed the stairs each evening, and counted them
 PROMPT = TEXT * 6
 
 
-def load(engine: Engine, path: Path, model_id: str = "any", **options: object) -> Model:
+def load(engine: Engine, path: Path, model_id: str = "any", **options: Any) -> Model:
     return engine.load_model(
         model_id,
         model_path=str(path),

@@ -125,6 +125,16 @@ class PluginHost:
         provider: Provider = self.registry.get(kind, name)
         return provider
 
+    def installed(self) -> frozenset[str]:
+        """Names by which ``allow`` and ``block`` can mean a plugin that is here, normalised."""
+        registry = self.registry
+        origins = [claim.origin for claim in registry.claims()]
+        origins += [failure.origin for failure in registry.failures]
+        origins += [blocked.origin for blocked in registry.blocked]
+        names = {origin.plugin for origin in origins}
+        names |= {origin.distribution for origin in origins if origin.distribution is not None}
+        return frozenset(map(normalise, names))
+
     def listing(self) -> tuple[PluginListing, ...]:
         """One row per provider, then the plugins that failed, then those that are blocked.
 

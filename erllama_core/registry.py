@@ -323,7 +323,9 @@ def record_problem(provider: Provider) -> str | None:
     summary: object = provider.summary
     if not isinstance(summary, str):
         return f"{name!r}: its summary is a {type(summary).__name__}, not text"
-    for field in ("factory", "probe"):
+    for field in ("factory", "probe", "check"):
+        if not hasattr(provider, field):
+            continue  # only some records have a check
         value: object = getattr(provider, field)
         if not callable(value):
             return f"{name!r}: its {field} is a {type(value).__name__}, which cannot be called"

@@ -43,11 +43,14 @@ MAY_IMPORT = {
     "builtin": CONTRACTS | ROOMS,
     "host": CONTRACTS | {"registry", "builtin"},
     "config": CONTRACTS | {"registry", "host", "cache", "signing"},
+    "logs": {"interfaces", "config"},
     "conformance": CONTRACTS,
     # One loaded model; then all of them; then the command line.
     "model": CONTRACTS | ROOMS | {"config", "user_cache"},
-    "engine": CONTRACTS | ROOMS | {"config", "registry", "host", "model", "signing"},
-    "cli": CONTRACTS | ROOMS | {"config", "registry", "host", "model", "engine", "user_cache"},
+    "engine": CONTRACTS | ROOMS | {"config", "registry", "host", "model", "signing", "logs"},
+    "cli": CONTRACTS
+    | ROOMS
+    | {"config", "registry", "host", "model", "engine", "user_cache", "logs"},
     "__main__": {"cli"},
     # The names that erllama_core itself exports.
     "__init__": CONTRACTS | ROOMS | {"config", "host", "model", "engine", "signing"},

@@ -182,6 +182,29 @@ class Cache:
         """The names of the opened tiers."""
         return tuple(self._catalog.stores)
 
+    def can_change_quota(self, tier: str) -> bool:
+        """Whether :meth:`set_quota` works for an open tier. Raises ValueError for no tier."""
+        return self._open().store(tier).quota is not None
+
+    def set_quota(self, tier: str, quota_bytes: int | None) -> None:
+        """Give a tier another quota; what is beyond it is evicted, least worth first.
+
+        None: what the kind makes of a missing ``quota_bytes``. Of a shared tier the janitor
+        evicts, which may be another process, and later. Raises ValueError for an unknown tier
+        and for one that cannot change its quota.
+        """
+        catalog = self._open()
+        store = catalog.store(tier)
+        if store.quota is None:
+            raise ValueError(f"the tier {tier!r} cannot change its quota while it is open")
+        store.quota.set_quota(quota_bytes)
+        if store.shared is not None:
+            store.upkeep_due.set()
+            return
+        usage = store.usage()
+        if usage.quota_bytes is not None and usage.used_bytes > usage.quota_bytes:
+            catalog.make_room(store, usage.used_bytes - usage.quota_bytes)
+
     # ---------------------------------------------------------- pins and eviction
 
     def pin(self, key: CacheKey | bytes, *, tier: str | None = None) -> Pinned:

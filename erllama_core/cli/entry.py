@@ -21,7 +21,8 @@ def main() -> None:
         )
         sys.exit(1)
     from erllama_core.cli.app import app
-    from erllama_core.cli.logs import configure_logs
+    from erllama_core.config import LoggingConfig
+    from erllama_core.logs import configure_logging
 
-    configure_logs()
+    configure_logging(LoggingConfig(format="text"))
     app(prog_name="erllama")

@@ -87,6 +87,16 @@ class PluginsConfig:
 
 
 @attrs.frozen(kw_only=True)
+class LoggingConfig:
+    """``[logging]``: for ``erllama run``, and :func:`erllama_core.logs.configure_logging`."""
+
+    level: Literal["debug", "info", "warning", "error"] = "warning"
+    """Events below it are left out."""
+    format: Literal["auto", "text", "json"] = "auto"
+    """``"auto"``: text on a terminal, JSON elsewhere."""
+
+
+@attrs.frozen(kw_only=True)
 class CacheConfig(SavePolicy):
     """``[cache]``: the save policy of every model, and the flow of bytes to the tiers."""
 
@@ -271,6 +281,7 @@ class EngineConfig:
     """Always has a tier named ``"ram"``; one of kind ``"ram"`` when none was given."""
     models: Mapping[str, ModelConfig] = attrs.field(factory=dict)
     pressure: PressureConfig = attrs.field(factory=PressureConfig)
+    logging: LoggingConfig = attrs.field(factory=LoggingConfig)
 
     def policy_for(self, model: ModelConfig) -> SavePolicy:
         """The model's save policy: ``[cache]`` with the model's own fields over it.

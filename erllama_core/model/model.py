@@ -10,6 +10,7 @@ from typing import Any, Final, Unpack
 
 import attrs
 
+from erllama_core.cache.policy import SavePolicy
 from erllama_core.errors import (
     EngineClosed,
     InvalidPrompt,
@@ -188,6 +189,7 @@ class Model:
             next(_request_ids),
             prompt,
             options,
+            model=self.id,
             context_size=limit,
             sampler=self._backend.new_sampler(options.sampling(), prompt.packed),
             pipeline=pipeline,
@@ -362,6 +364,13 @@ class Model:
     def settle(self, timeout_s: float | None = None) -> bool:
         """Wait until answered requests have handed their state over; False when time ran out."""
         return self._worker.settle(timeout_s)
+
+    def set_policy(self, policy: SavePolicy) -> None:
+        """Go by another save policy, from the next step on; for the engine.
+
+        Of :data:`LIVE_POLICY` alone: the others must be what they were.
+        """
+        self._worker.set_policy(policy)
 
     def unload(self) -> None:
         """End its requests with EngineClosed and free it. Idempotent."""

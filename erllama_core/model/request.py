@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 from erllama_core.cache.keys import ContextKeys
 from erllama_core.interfaces.backend import Sampler
 from erllama_core.interfaces.block import TOKEN_BYTES
+from erllama_core.interfaces.log import get_logger
 from erllama_core.interfaces.stream import Done, Event
 from erllama_core.model.explain import Finding
 from erllama_core.model.options import RequestOptions
@@ -28,6 +29,8 @@ from erllama_core.stream.pipeline import Pipeline
 if TYPE_CHECKING:
     from erllama_core.model.sequences import LiveSequence
     from erllama_core.model.session import Session
+
+log = get_logger("erllama.model")
 
 
 class Phase(enum.Enum):
@@ -54,6 +57,7 @@ class Request:
         prompt: Prompt,
         options: RequestOptions,
         *,
+        model: str = "",
         context_size: int,
         sampler: Sampler,
         pipeline: Pipeline,
@@ -62,6 +66,8 @@ class Request:
         is_streamed: bool = False,
     ) -> None:
         self.id: Final = request_id
+        self.model: Final = model
+        """Its model's id, for the log."""
         self.options: Final = options
         self.prompt_tokens = len(prompt)
         self.may_respell: Final = prompt.text is not None
@@ -236,7 +242,32 @@ class Request:
     def finish(self, stats: Stats) -> None:
         """Deliver the end."""
         self.mailbox.put(Done(stats))
+        log.info(
+            "request.finished",
+            request=self.id,
+            model=self.model,
+            reason=stats.finish_reason,
+            prompt_tokens=stats.prompt_tokens,
+            completion_tokens=stats.completion_tokens,
+            cache_hit=stats.cache_hit_kind,
+            reused_tokens=stats.cache_delta.read,
+            first_token_s=_rounded(stats.first_token_s),
+            seconds=_rounded(time.perf_counter() - self.submitted_at),
+        )
 
     def fail(self, error: Exception) -> None:
         """Deliver an error instead of an end."""
         self.mailbox.put(error)
+        # Not what it says, which is for the caller.
+        log.info(
+            "request.failed",
+            request=self.id,
+            model=self.model,
+            error=type(error).__name__,
+            prompt_tokens=self.prompt_tokens,
+            completion_tokens=len(self.generated),
+        )
+
+
+def _rounded(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 6)

@@ -16,7 +16,7 @@ from erllama_core.cache.loader import Fetch
 from erllama_core.cache.lookup import Match
 from erllama_core.cache.space import ModelSpace
 from erllama_core.interfaces.backend import Context, KVClass, Mark
-from erllama_core.interfaces.log import get_logger
+from erllama_core.interfaces.log import get_logger, told
 from erllama_core.model.explain import examine
 from erllama_core.model.request import Phase, Request
 from erllama_core.model.sequences import LiveSequence, SequencePool, shared_tokens
@@ -310,7 +310,9 @@ class Restorer:
         except Exception as error:  # noqa: BLE001 - StateRejected, or a backend's own mistake
             # The sequence may hold a part. What was refused once will be refused again, so
             # the prompt is computed: cache trouble never fails a request.
-            log.warning("restore.refused", request=request.id, error=str(error))
+            log.warning(
+                "restore.refused", request=request.id, model=request.model, error=told(error)
+            )
             self._space.refused(fetch.match)
             _note(request, f"the backend refused the stored state: {error}")
             self._restart(request)

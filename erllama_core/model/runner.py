@@ -25,7 +25,7 @@ from erllama_core.errors import (
 )
 from erllama_core.interfaces.backend import BackendModel, Context, Mark, Row
 from erllama_core.interfaces.block import TOKEN_BYTES
-from erllama_core.interfaces.log import get_logger
+from erllama_core.interfaces.log import get_logger, log_unexpected, told
 from erllama_core.model.explain import explain
 from erllama_core.model.request import Phase, Request
 from erllama_core.model.restorer import Restorer
@@ -70,7 +70,7 @@ class Runner:
     ) -> None:
         self.name: Final = name
         self._model: Final = model
-        self._policy: Final = policy
+        self._policy = policy
         self._sessions: Final = sessions
         self._resident_cells_max: Final = resident_cells_max
         self._ended: Final = ended
@@ -128,6 +128,15 @@ class Runner:
             if request.phase in _UNFINISHED:
                 self.saver.at_end(request, None, "evict")
 
+    def set_policy(self, policy: SavePolicy) -> None:
+        """Go by another policy from the next tick on, in what the space does not know.
+
+        To be posted.
+        """
+        self._policy = policy
+        self.saver.set_policy(policy)
+        self._composer = self._new_composer()
+
     def end_session(self, session: Session) -> None:
         """Its sequence is like any other from now on. To be posted."""
         if session.live is not None:
@@ -179,9 +188,7 @@ class Runner:
             respell=self._respell,
             ready=self._restored,
         )
-        self._composer = TickComposer(
-            context.n_batch, self._policy.prefill_chunk_size, self._policy.stall_target_ms
-        )
+        self._composer = self._new_composer()
 
     def close_context(self) -> None:
         """Free the context, if it was opened."""
@@ -262,8 +269,8 @@ class Runner:
                 return
             try:
                 message()
-            except Exception:
-                log.exception("worker.message_failed", model=self.name)
+            except Exception as error:  # noqa: BLE001 - the others are still to be done
+                log_unexpected(log, "worker.message_failed", error, model=self.name)
 
     # -------------------------------------------------------------- admission
 
@@ -480,6 +487,10 @@ class Runner:
 
     # ------------------------------------------------------------------- tick
 
+    def _new_composer(self) -> TickComposer:
+        policy = self._policy
+        return TickComposer(self.context.n_batch, policy.prefill_chunk_size, policy.stall_target_ms)
+
     def _tick(self) -> None:
         """One batch: a token of every running reply, then parts of prompts in fair turns."""
         batch, rows = self._compose()
@@ -535,7 +546,7 @@ class Runner:
 
     def _preempt(self, request: Request) -> None:
         """Take a request's cells; it goes on where it was when all that it needs is free."""
-        log.debug("request.preempted", request=request.id, tokens=request.computed)
+        log.debug("request.preempted", request=request.id, model=self.name, tokens=request.computed)
         self.preemptions += 1
         self.saver.at_end(request, None, "evict")
         self._restorer.hand_over(request)
@@ -570,8 +581,9 @@ class Runner:
                 "time, or compute less at once (n_batch, prefill_chunk_size)"
             )
         elif not aborted:
-            log.warning("step.failed", model=self.name, error=str(error))
-        failure = _as_erllama_error(error, "the backend raised in a step")
+            requests = [request.id for request in batch]
+            log.warning("step.failed", model=self.name, requests=requests, error=told(error))
+        failure = _as_erllama_error(error, "the backend raised in a step", model=self.name)
         for request in batch:
             is_whole = self.context.length(request.seq) == request.computed
             if not is_whole:
@@ -655,7 +667,8 @@ class Runner:
             raise
         except Exception as error:  # noqa: BLE001 - a plugin's own code
             what = f"a plugin raised while request {request.id} ran"
-            self._fail(request, _as_erllama_error(error, what))
+            failure = _as_erllama_error(error, what, model=self.name, request=request.id)
+            self._fail(request, failure)
 
     def _fail(self, request: Request, error: Exception) -> None:
         if request.phase is Phase.ENDED:
@@ -672,14 +685,14 @@ def close_sampler(request: Request) -> None:
     """Free a request's sampler, whatever that raises."""
     try:
         request.sampler.close()
-    except Exception:
-        log.exception("sampler.not_freed", request=request.id)
+    except Exception as error:  # noqa: BLE001 - a backend's own code
+        log_unexpected(log, "sampler.not_freed", error, request=request.id, model=request.model)
 
 
-def _as_erllama_error(error: Exception, what: str) -> ErllamaError:
+def _as_erllama_error(error: Exception, what: str, **fields: object) -> ErllamaError:
     if isinstance(error, ErllamaError):
         return error
-    log.error("plugin.raised", doing=what, exc_info=error)
+    log_unexpected(log, "plugin.raised", error, doing=what, **fields)
     failure = PluginFailed(f"{what}: {error!r}")
     failure.__cause__ = error
     return failure

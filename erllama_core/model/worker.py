@@ -6,6 +6,7 @@ call does not come back is given up, and another one takes over on a new context
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections.abc import Callable, Hashable
@@ -18,7 +19,7 @@ from erllama_core.cache.policy import SavePolicy
 from erllama_core.cache.space import ModelSpace
 from erllama_core.errors import DecodeTimeout, EngineClosed, ModelLoadError, SeqCapacity
 from erllama_core.interfaces.backend import BackendModel, Context, KVClass
-from erllama_core.interfaces.log import get_logger
+from erllama_core.interfaces.log import get_logger, log_unexpected
 from erllama_core.model.explain import Finding, examine
 from erllama_core.model.request import Phase, Request
 from erllama_core.model.runner import Abandoned, Runner, close_sampler
@@ -60,7 +61,7 @@ class Worker:
         self.name: Final = name
         self._model: Final = model
         self._open_space: Final = open_space
-        self._options: Final = options
+        self._options = options
         self._lock: Final = threading.Lock()
         self._accepts = True
         self._sessions: Final = SessionTable()
@@ -245,6 +246,16 @@ class Worker:
             return False
         return self._space.wait_written(max(0.0, deadline - time.monotonic()))
 
+    def set_policy(self, policy: SavePolicy) -> None:
+        """Go by another policy, from the next tick on.
+
+        What of it makes state incompatible, or decides which tiers get it, must be as it was.
+        """
+        with self._lock:
+            self._options = attrs.evolve(self._options, policy=policy)
+            if self._accepts:
+                self._runner.post(functools.partial(self._runner.set_policy, policy))
+
     def drop_residents(self) -> None:
         """Have idle sequences give back their cells; their state is saved first."""
         with self._lock:
@@ -348,16 +359,16 @@ class Worker:
         # The context first, then the weights under it.
         try:
             runner.close_context()
-        except Exception:
-            log.exception("model.not_freed", model=self.name)
+        except Exception as error:  # noqa: BLE001 - a backend's own code
+            log_unexpected(log, "model.not_freed", error, model=self.name)
         with self._lock:
             self._runners_alive -= 1
             last = not self._runners_alive and not self._accepts
         if last:
             try:
                 self._model.close()
-            except Exception:
-                log.exception("model.not_freed", model=self.name)
+            except Exception as error:  # noqa: BLE001 - a backend's own code
+                log_unexpected(log, "model.not_freed", error, model=self.name)
         if not runner.abandoned:
             self._finished.set()
         self._opened.set()
@@ -380,14 +391,14 @@ class Worker:
             runner.serve()
         except Abandoned:
             raise
-        except Exception:
-            log.exception("worker.died", model=self.name)
+        except Exception as error:  # noqa: BLE001 - a backend's own code
+            log_unexpected(log, "worker.died", error, model=self.name)
         with self._lock:
             self._accepts = False
         try:
             runner.shut_down()
-        except Exception:
-            log.exception("worker.not_shut_down", model=self.name)
+        except Exception as error:  # noqa: BLE001 - a backend's own code
+            log_unexpected(log, "worker.not_shut_down", error, model=self.name)
 
     def _give_up(self, error: Exception) -> None:
         """No context could be opened: nothing can be served."""
@@ -423,7 +434,9 @@ class Worker:
         """
         runner.abandoned = True
         self.quarantined += 1
-        log.error("context.quarantined", model=self.name, requests=len(runner.active))
+        log.error(
+            "context.quarantined", model=self.name, requests=[one.id for one in list(runner.active)]
+        )
         error = DecodeTimeout(
             "a step did not end, not even when it was aborted; the model goes on with a new context"
         )

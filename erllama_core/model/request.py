@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from erllama_core.cache.keys import ContextKeys
@@ -64,10 +65,12 @@ class Request:
         generates: bool = True,
         continues: bool = False,
         is_streamed: bool = False,
+        on_answer: Callable[[Request, Stats | Exception], None] | None = None,
     ) -> None:
         self.id: Final = request_id
         self.model: Final = model
         """Its model's id, for the log."""
+        self._on_answer: Final = on_answer
         self.options: Final = options
         self.prompt_tokens = len(prompt)
         self.may_respell: Final = prompt.text is not None
@@ -242,6 +245,8 @@ class Request:
     def finish(self, stats: Stats) -> None:
         """Deliver the end."""
         self.mailbox.put(Done(stats))
+        if self._on_answer is not None:
+            self._on_answer(self, stats)
         log.info(
             "request.finished",
             request=self.id,
@@ -258,6 +263,8 @@ class Request:
     def fail(self, error: Exception) -> None:
         """Deliver an error instead of an end."""
         self.mailbox.put(error)
+        if self._on_answer is not None:
+            self._on_answer(self, error)
         # Not what it says, which is for the caller.
         log.info(
             "request.failed",

@@ -17,10 +17,10 @@ from typing import Any, Final
 
 import attrs
 
-from erllama_core.config import LoggingConfig, load_config
+from erllama_core.cli.logs import configure_logs
+from erllama_core.config import load_config
 from erllama_core.engine import Engine
 from erllama_core.errors import ErllamaError
-from erllama_core.logs import configure_logging
 from erllama_core.model.model import Model
 from erllama_core.prompt import Prompt
 
@@ -134,7 +134,7 @@ def ask_after_restart(setup: Setup) -> Outcome:
 
 def main() -> None:
     """The second process."""
-    configure_logging(LoggingConfig(format="text"))
+    configure_logs()
     values: dict[str, Any] = json.load(sys.stdin)
     setup = Setup(**values)
     if not Path(setup.root).is_dir():

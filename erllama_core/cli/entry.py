@@ -21,8 +21,7 @@ def main() -> None:
         )
         sys.exit(1)
     from erllama_core.cli.app import app
-    from erllama_core.config import LoggingConfig
-    from erllama_core.logs import configure_logging
+    from erllama_core.cli.logs import configure_logs
 
-    configure_logging(LoggingConfig(format="text"))
+    configure_logs()
     app(prog_name="erllama")

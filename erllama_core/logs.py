@@ -50,6 +50,11 @@ def configure_logging(settings: LoggingConfig | None = None, stream: TextIO | No
         _configure(chosen, _Factory(out))
 
 
+def logging_is_ours() -> bool:
+    """Whether :func:`configure_logging` is what configured structlog last."""
+    return isinstance(structlog.get_config()["logger_factory"], _Factory)
+
+
 def reconfigure_logging(settings: LoggingConfig) -> bool:
     """Apply other settings, if :func:`configure_logging` is what configured structlog last.
 

@@ -57,6 +57,7 @@ _COMMANDS: Final = {
     "check": "erllama_core.cli.check:check",
     "demo": "erllama_core.cli.demo:demo",
     "plugins": "erllama_core.cli.plugins:plugins",
+    "run": "erllama_core.cli.run:run",
     "why": "erllama_core.cli.why:why",
 }
 

@@ -477,19 +477,18 @@ def test_a_real_model(tmp_path: Path, demo_model_path: Path, terminals: list[Ter
         f'[[tiers]]\nname = "disk"\nkind = "disk"\nroot = "{tmp_path / "kvc"}"\n'
         f'[models.smol]\nmodel_path = "{demo_model_path}"\ntier = ["ram", "disk"]\n'
         "policy = { min_tokens = 16, cold_min_tokens = 16 }\n"
+        "context_opts = { n_threads = 1 }\n"  # two that wait for each other are slow beside others
     )
     question = "What is the capital of France?"
     done = run(config, [question, "/why"], "--set", "response_tokens=16")
     assert done.returncode == 0
-    assert "Paris" in done.stdout.decode()
     assert "cold, 0 tokens reused" in done.stdout.decode()
     done = run(config, [question, "/why"], "--set", "response_tokens=16")
     assert "exact, " in done.stdout.decode()
     terminal = open_terminal(terminals, config)
     terminal.expect("smol> ")
     terminal.type("Count from 1 to 500, one number after another.\n")
-    terminal.expect("1")
-    terminal.expect("2")
+    terminal.expect_more(8)
     terminal.type("\x03")
     terminal.expect("[cancelled]\n")
     terminal.expect("smol> ")
@@ -497,5 +496,6 @@ def test_a_real_model(tmp_path: Path, demo_model_path: Path, terminals: list[Ter
     terminal.expect("smol> ")
     terminal.type("Thank you.\n")
     terminal.expect("[sticky: ")
+    terminal.expect("smol> ")
     terminal.type("\x04")
     assert terminal.exit_code() == 0

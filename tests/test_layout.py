@@ -45,7 +45,7 @@ MAY_IMPORT = {
     "host": CONTRACTS | {"registry", "builtin", "telemetry"},
     "config": CONTRACTS | {"registry", "host", "cache", "signing"},
     "logs": {"interfaces", "config"},
-    "conformance": CONTRACTS,
+    "conformance": CONTRACTS | {"stream"},
     # One loaded model; then all of them; then the command line.
     "model": CONTRACTS | ROOMS | {"config", "user_cache"},
     "engine": CONTRACTS

@@ -7,7 +7,7 @@ from typing import Any, NewType
 
 import attrs
 
-from erllama_core.interfaces.backend import BackendModel, BackendRequest
+from erllama_core.interfaces.backend import BackendModel, BackendRequest, MemoryEstimate
 from erllama_core.interfaces.pressure import PressureSource
 from erllama_core.interfaces.stream import ProcessorRequest, StreamProcessor
 from erllama_core.interfaces.tier import Tier
@@ -48,7 +48,10 @@ class NoOptions:
 class BackendProvider:
     """A way to run models. ``factory`` may take long; it runs on the loading thread.
 
-    ``config`` is an attrs class, structured by the core from a model's ``model_opts``.
+    ``config`` is an attrs class, structured by the core from a model's ``model_opts``. ``estimate``
+    says what ``factory`` and ``open_context`` would allocate for the same request, and allocates
+    no such thing itself; it is asked where the engine has a memory budget. Without it, or
+    where it gives None, only the size of the model's files is known.
     """
 
     name: str
@@ -56,6 +59,7 @@ class BackendProvider:
     factory: Callable[[BackendRequest], BackendModel]
     config: type[Any] = NoOptions
     probe: Probe = always_available
+    estimate: Callable[[BackendRequest], MemoryEstimate | None] | None = None
 
 
 @attrs.frozen

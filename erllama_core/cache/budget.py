@@ -28,6 +28,19 @@ class MemoryUse:
         return self.pages_bytes + sum(self.holders.values())
 
 
+@attrs.frozen(eq=False)
+class Hold:
+    """Memory that is set aside in a budget, until it is released."""
+
+    _budget: MemoryBudget
+    name: str
+    n_bytes: int
+
+    def release(self) -> None:
+        """It is free again. Idempotent; any thread."""
+        self._budget.let_go(self)
+
+
 class MemoryBudget:
     """Counts pages as they are mapped, and what is set aside under a name. Thread-safe.
 
@@ -38,7 +51,7 @@ class MemoryBudget:
         self.limit_bytes: Final = limit_bytes
         self._lock: Final = threading.Lock()
         self._pages = 0
-        self._holders: dict[str, int] = {}
+        self._holds: set[Hold] = set()
 
     @property
     def pages_bytes(self) -> int:
@@ -46,9 +59,9 @@ class MemoryBudget:
         return self._pages
 
     def holders(self) -> dict[str, int]:
-        """What was set aside, by its name."""
+        """What is set aside, by its name."""
         with self._lock:
-            return dict(self._holders)
+            return self._by_name()
 
     def missing(self, n_bytes: int) -> int:
         """How many of so many bytes are beyond the limit; 0: there is room for all."""
@@ -58,11 +71,11 @@ class MemoryBudget:
     def _missing(self, n_bytes: int) -> int:
         if self.limit_bytes is None:
             return 0
-        used = self._pages + sum(self._holders.values())
+        used = self._pages + sum(hold.n_bytes for hold in self._holds)
         return min(n_bytes, max(0, used + n_bytes - self.limit_bytes))
 
     def take(self, n_bytes: int) -> bool:
-        """Count pages that are about to be mapped; False, and they must not be, beyond the limit."""
+        """Count pages that are to be mapped; False, and they must not be, beyond the limit."""
         with self._lock:
             if self._missing(n_bytes):
                 return False
@@ -74,26 +87,33 @@ class MemoryBudget:
         with self._lock:
             self._pages -= n_bytes
 
-    def hold(self, name: str, n_bytes: int, *, beyond: bool = False) -> bool:
-        """Set memory aside, on top of what has that name; False, and nothing is, beyond the limit.
+    def hold(self, name: str, n_bytes: int, *, beyond: bool = False) -> Hold | None:
+        """Set memory aside; None, and nothing is, beyond the limit.
 
         ``beyond``: in any case, for what cannot be refused any more.
         """
         with self._lock:
             if not beyond and self._missing(n_bytes):
-                return False
-            self._holders[name] = self._holders.get(name, 0) + n_bytes
-            return True
+                return None
+            hold = Hold(self, name, n_bytes)
+            self._holds.add(hold)
+            return hold
 
-    def release(self, name: str) -> None:
-        """Nothing is set aside under that name any more. Idempotent."""
+    def let_go(self, hold: Hold) -> None:
+        """See :meth:`Hold.release`."""
         with self._lock:
-            self._holders.pop(name, None)
+            self._holds.discard(hold)
+
+    def _by_name(self) -> dict[str, int]:
+        sizes: dict[str, int] = {}
+        for hold in self._holds:
+            sizes[hold.name] = sizes.get(hold.name, 0) + hold.n_bytes
+        return dict(sorted(sizes.items()))
 
     def __str__(self) -> str:
         """What is in use, in a sentence for errors."""
         with self._lock:
-            parts = [f"{name} {in_words(size)}" for name, size in self._holders.items()]
+            parts = [f"{name} {in_words(size)}" for name, size in self._by_name().items()]
             parts.append(f"state in memory {in_words(self._pages)}")
             limit = "no limit" if self.limit_bytes is None else in_words(self.limit_bytes)
         return f"memory_budget_bytes is {limit}, and in use are: {', '.join(parts)}"

@@ -93,6 +93,7 @@ class Cache:
         self.budget: Final = MemoryBudget(memory_budget_bytes)
         self._catalog: Final = Catalog(tiers, PagePool(POOL_IDLE_BYTES, self.budget), marks_share)
         self._catalog.on_event = on_event
+        self._set_aside_for_tmpfs()
         self._pinning: Final = Pinning(self._catalog)
         self.loader_threads: Final = loader_threads
         self._loader: Final = Loader(
@@ -259,6 +260,13 @@ class Cache:
         """
         return self._open().free_memory(n_bytes, self._named(tiers))
 
+    def free_pages(self, n_bytes: int) -> Evicted:
+        """:meth:`free_memory` of all tiers in this process's memory: those that keep pages."""
+        catalog = self._open()
+        return catalog.free_memory(
+            n_bytes, [store for store in catalog.stores.values() if store.keeps is not None]
+        )
+
     def held_bytes(self, tiers: Sequence[str]) -> int:
         """What :meth:`free_memory` could free at most."""
         catalog = self._open()
@@ -385,6 +393,14 @@ class Cache:
         return self._discovery.start(wanted, tiers, then)
 
     # ------------------------------------------------------------------- inside
+
+    def _set_aside_for_tmpfs(self) -> None:
+        """Files on a tmpfs are memory, and any process may fill a tier's quota with them."""
+        for store in self._catalog.stores.values():
+            if store.is_volatile and store.keeps is None:
+                with contextlib.suppress(CacheError):
+                    quota = store.usage().quota_bytes
+                    self.budget.hold(f"tier {store.name!r}", quota or 0, beyond=True)
 
     def _settle(self) -> None:
         self.flush(_PIN_PATIENCE_S)

@@ -3,8 +3,10 @@
 from erllama_core.config.check import (
     Examination,
     check_config,
+    config_warnings,
+    evict_tier_problems,
     examine_config,
-    not_yet_effective,
+    memory_problems,
 )
 from erllama_core.config.classes import (
     CacheConfig,
@@ -33,10 +35,12 @@ __all__ = [
     "TierConfig",
     "ToolCallMarkers",
     "check_config",
+    "config_warnings",
+    "evict_tier_problems",
     "examine_config",
     "load_config",
+    "memory_problems",
     "model_config",
-    "not_yet_effective",
     "read_config",
     "read_signing_key",
     "structure_options",

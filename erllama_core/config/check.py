@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import attrs
 
+from erllama_core.cache.budget import in_words
 from erllama_core.config.classes import EngineConfig, ModelConfig, PressureConfig
 from erllama_core.config.reading import read_config
 from erllama_core.config.signing import read_signing_key
@@ -23,6 +24,8 @@ from erllama_core.errors import (
 from erllama_core.host import PluginHost
 from erllama_core.registry import OFFICIAL, ProviderKind
 
+_IN_MEMORY: Final = frozenset({"ram", "ram_file"})
+
 
 @attrs.frozen
 class Examination:
@@ -31,8 +34,8 @@ class Examination:
     config: EngineConfig
     """The parts that are right, with defaults for the others."""
     problems: tuple[ConfigProblem, ...]
-    without_effect: tuple[str, ...]
-    """Paths that :func:`not_yet_effective` names."""
+    warnings: tuple[ConfigProblem, ...]
+    """What :func:`config_warnings` finds."""
 
 
 def examine_config(
@@ -58,7 +61,7 @@ def examine_config(
         about_tiers = problem.path.endswith((".tier", ".evict_tiers"))
         if problem.path not in reported and (tiers_known or not about_tiers):
             problems.append(problem)
-    return Examination(config, tuple(problems), tuple(not_yet_effective(config)))
+    return Examination(config, tuple(problems), tuple(config_warnings(config)))
 
 
 def check_config(config: EngineConfig, host: PluginHost) -> list[ConfigProblem]:
@@ -74,6 +77,7 @@ def check_config(config: EngineConfig, host: PluginHost) -> list[ConfigProblem]:
         path = dotted("models", [model_id])
         _check_model(config, host, model, path, problems)
     _check_pressure(config, host, problems)
+    problems += memory_problems(config, host)
     try:
         read_signing_key(config.engine)
     except ConfigError as error:
@@ -81,9 +85,66 @@ def check_config(config: EngineConfig, host: PluginHost) -> list[ConfigProblem]:
     return problems
 
 
-def not_yet_effective(config: EngineConfig) -> list[str]:
-    """Paths of options that are set, understood, and without effect in this release."""
-    return ["pressure.enabled"] if config.pressure.enabled else []
+def config_warnings(config: EngineConfig) -> list[ConfigProblem]:
+    """What can be used as it is, and is probably not what was meant."""
+    found = []
+    pressure = config.pressure
+    words = {word for tier in config.tiers for word in (tier.name, tier.kind)}
+    gives = pressure.unload_idle_models or not words.isdisjoint(pressure.evict_tiers)
+    if pressure.enabled and not gives:
+        names = ", ".join(pressure.evict_tiers) or "none"
+        message = f"no configured tier is one of these ({names}), so there is nothing to evict"
+        found.append(ConfigProblem("pressure.evict_tiers", message))
+    return found
+
+
+def evict_tier_problems(
+    names: Iterable[str], config: EngineConfig, host: PluginHost
+) -> list[ConfigProblem]:
+    """Of these names or kinds of tiers, the ones that no tier can have."""
+    kinds = {name for kind, name in OFFICIAL if kind == "tier"} | set(host.registry.names("tier"))
+    known = kinds | {tier.name for tier in config.tiers} | {tier.kind for tier in config.tiers}
+    return [
+        ConfigProblem(
+            "pressure.evict_tiers",
+            f"{name!r} is no name and no kind of a tier",
+            nearest(name, known),
+        )
+        for name in names
+        if name not in known
+    ]
+
+
+def memory_problems(config: EngineConfig, host: PluginHost) -> list[ConfigProblem]:
+    """Quotas of tiers in memory that ``engine.memory_budget_bytes`` has no room for."""
+    budget = config.engine.memory_budget_bytes
+    if budget is None:
+        return []
+    found = []
+    on_tmpfs = 0
+    for index, tier in enumerate(config.tiers):
+        if tier.kind not in _IN_MEMORY:
+            continue
+        path = dotted("tiers", [index])
+        try:
+            options = structure_options(host.get("tier", tier.kind).config, tier.options, path)
+        except (ConfigError, PluginError):
+            continue  # reported with the tier
+        quota = options.quota_bytes
+        if quota is None:
+            if tier.kind == "ram":
+                continue  # its default is a bound, and gives way to the budget
+            message = "needed beside engine.memory_budget_bytes: its files are in memory"
+            found.append(ConfigProblem(f"{path}.quota_bytes", message))
+            continue
+        on_tmpfs += quota if tier.kind == "ram_file" else 0
+        if max(quota, on_tmpfs) > budget:
+            what = in_words(quota)
+            if quota <= budget:
+                what = f"{what}, {in_words(on_tmpfs)} with the tiers before it,"
+            message = f"{what} is more than engine.memory_budget_bytes ({in_words(budget)})"
+            found.append(ConfigProblem(f"{path}.quota_bytes", message))
+    return found
 
 
 def _check_model(
@@ -125,12 +186,7 @@ def _check_pressure(config: EngineConfig, host: PluginHost, problems: list[Confi
             options = pressure.source_options.get(name, {})
             place = dotted("pressure", [name])
             _check_provider(host, "pressure", name, "pressure.source", options, place, problems)
-    kinds = {name for kind, name in OFFICIAL if kind == "tier"} | set(host.registry.names("tier"))
-    known = kinds | {tier.name for tier in config.tiers} | {tier.kind for tier in config.tiers}
-    for name in pressure.evict_tiers:
-        if name not in known:
-            message = f"{name!r} is no name and no kind of a tier"
-            problems.append(ConfigProblem("pressure.evict_tiers", message, nearest(name, known)))
+    problems += evict_tier_problems(pressure.evict_tiers, config, host)
 
 
 def _check_provider(

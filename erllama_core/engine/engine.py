@@ -12,20 +12,24 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Self, Unpack
 
+from erllama_core.cache.budget import Hold
 from erllama_core.cache.cache import Cache
 from erllama_core.cache.tiers import NamedTier
 from erllama_core.config import (
     EngineConfig,
     ModelConfig,
     TierConfig,
+    config_warnings,
     load_config,
+    memory_problems,
     model_config,
-    not_yet_effective,
     read_signing_key,
     structure_options,
 )
 from erllama_core.config.structuring import dotted
 from erllama_core.engine.aio import AsyncEngine
+from erllama_core.engine.release import Releaser
+from erllama_core.engine.sources import pressure_sources
 from erllama_core.errors import (
     AlreadyLoaded,
     CacheError,
@@ -41,11 +45,14 @@ from erllama_core.interfaces.telemetry import (
     CacheEvent,
     ModelLoaded,
     Notification,
+    PressureSampled,
     RequestFinished,
 )
+from erllama_core.model.footprint import set_aside
 from erllama_core.model.loading import open_model
 from erllama_core.model.model import Model, ModelRef, PromptLike, ReplySetup
 from erllama_core.model.options import ReplyKwargs, RequestKwargs
+from erllama_core.pressure.monitor import Monitor
 from erllama_core.prompt import Prompt
 from erllama_core.results import (
     CacheHit,
@@ -86,8 +93,11 @@ class Engine:
             if plugins is None
             else plugins
         )
-        for path in not_yet_effective(self._config):
-            log.warning("config.no_effect_yet", path=path)
+        problems = memory_problems(self._config, self.plugins)
+        if problems:
+            raise ConfigError(problems)
+        for warning in config_warnings(self._config):
+            log.warning("config.questionable", path=warning.path, message=warning.message)
         self._notifier: Final = Notifier(self.plugins.listeners)
         settings = self._config.cache
         self._cache: Final = Cache(
@@ -98,6 +108,7 @@ class Engine:
             marks_share=settings.marks_share,
             read_timeout_s=settings.read_timeout_ms / 1000,
             write_timeout_s=settings.write_timeout_ms / 1000,
+            memory_budget_bytes=self._config.engine.memory_budget_bytes,
             on_event=self._teller(CacheEvent),
         )
         self._lock: Final = threading.Lock()
@@ -106,6 +117,12 @@ class Engine:
         self._loading: Final[set[str]] = set()
         self._ids: Final = itertools.count(1)
         self._closed = False
+        try:
+            self._pressure: Final = self._open_pressure()
+        except BaseException:
+            self._cache.close()
+            self._notifier.close()
+            raise
         self.aio: Final = AsyncEngine(self)
         # What is still in save buffers when a program ends without closing is written. The
         # engine's threads would outlive it otherwise, so until it is closed it stays.
@@ -133,6 +150,28 @@ class Engine:
     def _teller(self, kind: type[Notification]) -> Callable[[Notification], None] | None:
         """What notifications of a kind are given to; None when no plugin listens to them."""
         return self._notifier.tell if self._notifier.listens_to(kind) else None
+
+    def _open_pressure(self) -> Monitor:
+        settings = self._config.pressure
+        monitor = Monitor(
+            settings.thresholds,
+            functools.partial(pressure_sources, settings, self.plugins),
+            Releaser(
+                self._cache,
+                self._config,
+                self.plugins,
+                models=self._loaded,
+                unload_if_idle=self._unload_if_idle,
+            ),
+            tell=self._teller(PressureSampled),
+        )
+        if settings.enabled:
+            monitor.enable()
+        return monitor
+
+    def _loaded(self) -> list[Model]:
+        with self._lock:
+            return list(self._models.values())
 
     def _open_tiers(self) -> list[NamedTier]:
         opened: list[NamedTier] = []
@@ -169,20 +208,23 @@ class Engine:
                 raise AlreadyLoaded(f"a model is loaded as {name!r}; unload it or use another id")
             self._loading.add(name)
         started = time.perf_counter()
+        hold: Hold | None = None
         try:
             provider = self.plugins.get("backend", chosen.backend)
+            backend_options = structure_options(provider.config, chosen.model_opts, "model_opts")
+            hold = set_aside(name, chosen, provider, backend_options, self._cache)
             parts = open_model(
                 name,
                 chosen,
                 provider,
-                structure_options(provider.config, chosen.model_opts, "model_opts"),
+                backend_options,
                 cache=self._cache,
                 tiers=self._usable_tiers(chosen),
                 policy=self._config.policy_for(chosen),
                 reply=self._reply_setup(chosen),
                 tell_finished=self._teller(RequestFinished),
             )
-            model = Model(parts, self.unload)
+            model = Model(parts, self.unload, hold)
             with self._lock:
                 is_open = not self._closed
                 if is_open:
@@ -193,6 +235,11 @@ class Engine:
             if self._notifier.listens_to(ModelLoaded):
                 seconds = time.perf_counter() - started
                 self._notifier.tell(ModelLoaded(model=model.info(), seconds=seconds))
+        except BaseException:
+            if hold is not None:
+                hold.release()
+            raise
+        else:
             return model
         finally:
             with self._lock:
@@ -236,6 +283,13 @@ class Engine:
                 return
             del self._models[name]
         found.close()
+
+    def _unload_if_idle(self, model: Model) -> bool:
+        """Unload a model in which nothing runs or waits; whether it was."""
+        if not model.stop_if_idle():
+            return False
+        self.unload(model)
+        return True
 
     def models(self) -> list[ModelInfo]:
         """Every loaded model."""
@@ -395,6 +449,12 @@ class Engine:
         return self._cache
 
     @property
+    def pressure(self) -> Monitor:
+        """What watches memory, and gives it back."""
+        self._check_fork()
+        return self._pressure
+
+    @property
     def config(self) -> EngineConfig:
         """What the engine was made with."""
         return self._config
@@ -426,6 +486,7 @@ class Engine:
             with self._lock:
                 self._closed = True
                 loaded = list(self._models.values())
+            self._pressure.close()
             for model in loaded:
                 model.close()
             with self._lock:

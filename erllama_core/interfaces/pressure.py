@@ -54,7 +54,7 @@ class PressureSource(Protocol):
 
         Raises whatever says why no reading can be had, such as OSError or an ErllamaError; the
         source is then skipped until the next interval, and its words are in the monitor's status.
-        One that does not answer within two seconds is skipped too, and asked again when it has.
+        One that does not answer within five seconds is skipped too, and asked again when it has.
         """
         ...
 

@@ -19,8 +19,9 @@ from erllama_core.pressure.thresholds import Thresholds, tightest
 
 log = get_logger("erllama.pressure")
 
-ANSWER_WITHIN_S: Final = 2.0
-"""A source that takes longer hangs."""
+ANSWER_WITHIN_S: Final = 5.0
+"""A source that takes longer hangs, and is waited for no more before it has answered. Opening one
+may mean to start a driver."""
 CONFIRM_AFTER_S: Final = 0.2
 """How long after a high reading it is read again: a moment's peak is over by then, and memory
 that goes on filling has not gone far."""
@@ -33,7 +34,7 @@ OpenSources = Callable[[], Mapping[str, Callable[[], PressureSource]]]
 class Releases(Protocol):
     """Who has memory to give back. Called by one thread at a time."""
 
-    def problems(self, thresholds: Thresholds) -> list[tuple[str, str]]:
+    def problems(self, thresholds: Thresholds) -> list[ConfigProblem]:
         """What of the thresholds does not fit what there is."""
         ...
 
@@ -186,9 +187,11 @@ class Monitor:
     # ---------------------------------------------------------------------- inside
 
     def _refuse(self, thresholds: Thresholds) -> None:
-        problems = thresholds.problems() + self._releases.problems(thresholds)
+        problems = [
+            ConfigProblem(f"pressure.{name}", text) for name, text in thresholds.problems()
+        ] or self._releases.problems(thresholds)
         if problems:
-            raise ConfigError([ConfigProblem(f"pressure.{name}", text) for name, text in problems])
+            raise ConfigError(problems)
 
     def _open(self) -> Sequence[Sampler]:
         with self._changed:
@@ -254,10 +257,10 @@ class Monitor:
     ) -> Release:
         held = self._releases.held_bytes(thresholds)
         wanted = max(thresholds.excess_bytes(reading, held) for reading in confirmed.values())
-        of_tiers = any([self._follows(key, reading) for key, reading in confirmed.items()])
+        follow = [self._follows(key, reading) for key, reading in confirmed.items()]
         top = tightest(confirmed.values())
         assert top is not None
-        release = self._releases.release(wanted, thresholds, of_tiers=of_tiers)
+        release = self._releases.release(wanted, thresholds, of_tiers=any(follow))
         tell = log.info if release else log.debug
         tell(
             "pressure.released" if release else "pressure.nothing_to_release",

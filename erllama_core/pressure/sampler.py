@@ -43,6 +43,8 @@ class Sampler:
         self._source: PressureSource | None = None
         self._questions: Final[queue.SimpleQueue[Question | None]] = queue.SimpleQueue()
         self._last: Question | None = None
+        self._late: Question | None = None
+        """One that was not answered in time."""
         self._thread: threading.Thread | None = None
         self._closed = False
         self._status = SourceStatus(name=name, state="new", error=None, readings=())
@@ -70,9 +72,9 @@ class Sampler:
 
         That is on the monotonic clock. What hung before is not waited for again.
         """
-        hangs = self._status.state == "hanging"
-        left = 0.0 if hangs else max(0.0, deadline_s - time.monotonic())
+        left = 0.0 if question is self._late else max(0.0, deadline_s - time.monotonic())
         if not question.answered.wait(left):
+            self._late = question
             self._note("hanging", "it does not answer")
         elif question.error is not None:
             self._note("failing", question.error)
@@ -90,7 +92,7 @@ class Sampler:
         if (before.state, before.error) == (state, error):
             return
         if error is not None:
-            log.warning("pressure.source_" + state, source=self.name, error=error)
+            log.warning("pressure.source_skipped", source=self.name, state=state, error=error)
         elif before.error is not None:
             log.info("pressure.source_recovered", source=self.name)
 

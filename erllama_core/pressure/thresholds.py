@@ -3,11 +3,38 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Final
 
 import attrs
 
 from erllama_core.interfaces.pressure import Reading, StallReading
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_truth(value: object) -> bool:
+    return isinstance(value, bool)
+
+
+def _are_names(value: object) -> bool:
+    return isinstance(value, tuple) and all(isinstance(name, str) for name in value)
+
+
+_TYPES: Final[dict[str, tuple[str, Callable[[object], bool]]]] = {
+    "interval_ms": ("an integer", _is_integer),
+    "high_watermark": ("a number", _is_number),
+    "low_watermark": ("a number", _is_number),
+    "min_evict_bytes": ("an integer", _is_integer),
+    "evict_tiers": ("names of tiers", _are_names),
+    "unload_idle_models": ("true or false", _is_truth),
+}
 
 
 @attrs.frozen(kw_only=True)
@@ -49,21 +76,11 @@ class Thresholds:
 
     def _type_problems(self) -> list[tuple[str, str]]:
         """They may be anything: a configuration is checked before, what a program gives is not."""
-        found = []
-        for names, types, expected in (
-            (("interval_ms", "min_evict_bytes"), int, "an integer"),
-            (("high_watermark", "low_watermark"), int | float, "a number"),
-        ):
-            for name in names:
-                value = getattr(self, name)
-                if not isinstance(value, types) or isinstance(value, bool):
-                    found.append((name, f"expected {expected}, got {value!r}"))
-        if not isinstance(self.unload_idle_models, bool):
-            message = f"expected true or false, got {self.unload_idle_models!r}"
-            found.append(("unload_idle_models", message))
-        if not all(isinstance(name, str) for name in self.evict_tiers):
-            found.append(("evict_tiers", f"expected names of tiers, got {self.evict_tiers!r}"))
-        return found
+        return [
+            (name, f"expected {expected}, got {getattr(self, name)!r}")
+            for name, (expected, is_right) in _TYPES.items()
+            if not is_right(getattr(self, name))
+        ]
 
     def is_high(self, reading: Reading) -> bool:
         """Whether a reading asks for memory to be given back."""

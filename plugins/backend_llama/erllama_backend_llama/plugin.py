@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from erllama_backend_llama.options import LlamaOptions
 from erllama_core.hookspecs import hookimpl
-from erllama_core.interfaces.backend import BackendModel, BackendRequest
+from erllama_core.interfaces.backend import BackendModel, BackendRequest, MemoryEstimate
 from erllama_core.providers import Available, BackendProvider, Unavailable
 
 
@@ -27,6 +27,12 @@ def _load(request: BackendRequest) -> BackendModel:
     return load_model(request)
 
 
+def _estimate(request: BackendRequest) -> MemoryEstimate | None:
+    from erllama_backend_llama.memory import estimate_memory
+
+    return estimate_memory(request)
+
+
 @hookimpl
 def erllama_backends() -> Sequence[BackendProvider]:
     """The backend ``llama``."""
@@ -37,5 +43,6 @@ def erllama_backends() -> Sequence[BackendProvider]:
             factory=_load,
             config=LlamaOptions,
             probe=_probe,
+            estimate=_estimate,
         ),
     )

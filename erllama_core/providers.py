@@ -7,7 +7,7 @@ from typing import Any, NewType
 
 import attrs
 
-from erllama_core.interfaces.backend import BackendModel, BackendRequest
+from erllama_core.interfaces.backend import BackendModel, BackendRequest, MemoryEstimate
 from erllama_core.interfaces.pressure import PressureSource
 from erllama_core.interfaces.stream import ProcessorRequest, StreamProcessor
 from erllama_core.interfaces.tier import Tier
@@ -57,10 +57,13 @@ class NoOptions:
 class BackendProvider:
     """A way to run models. ``factory`` may take long; it runs on the loading thread.
 
-    ``config`` is an attrs class, structured by the core from a model's ``model_opts``.
-    ``check`` says what ``factory`` would refuse, as far as that can be told quickly: it loads
-    no weights and changes nothing. Its keys are those of the model's table: ``"model_path"``,
-    ``"context_opts.n_ctx"``.
+    ``config`` is an attrs class, structured by the core from a model's ``model_opts``. ``check``
+    says what ``factory`` would refuse, as far as that can be told quickly: it loads no weights
+    and changes nothing. Its keys are those of the model's table: ``"model_path"``,
+    ``"context_opts.n_ctx"``. ``estimate`` says what ``factory`` and ``open_context`` would
+    allocate for the same request, and allocates no such thing itself; it is asked where the
+    engine has a memory budget. Without it, or where it gives None, only the size of the model's
+    files is known.
     """
 
     name: str
@@ -69,6 +72,7 @@ class BackendProvider:
     config: type[Any] = NoOptions
     probe: Probe = always_available
     check: Callable[[BackendRequest], Problems] = nothing_wrong
+    estimate: Callable[[BackendRequest], MemoryEstimate | None] | None = None
 
 
 @attrs.frozen

@@ -43,7 +43,7 @@ MAY_IMPORT = {
     "builtin": CONTRACTS | ROOMS,
     "telemetry": {"interfaces"},
     "host": CONTRACTS | {"registry", "builtin", "telemetry"},
-    "config": CONTRACTS | {"registry", "host", "cache", "signing"},
+    "config": CONTRACTS | {"registry", "host", "cache", "pressure", "signing"},
     "logs": {"interfaces", "config"},
     "conformance": CONTRACTS | {"stream"},
     # One loaded model; then all of them; then the command line.

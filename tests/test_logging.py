@@ -321,7 +321,7 @@ def test_a_whole_scenario_logs_no_content(tmp_path: Path, form: Any) -> None:
         "restore.refused",
         "object.corrupt",
         "listener.raised",
-        "config.warning",
+        "config.questionable",
         "config.reloaded",
         "config.reload_refused",
         "model.loaded",

@@ -236,6 +236,86 @@ def test_the_log(engine: Engine, table: dict[str, Any]) -> None:
     assert "too.low" not in written.getvalue()
 
 
+def test_pressure(engine: Engine, table: dict[str, Any]) -> None:
+    """Thresholds and the switch follow the file; what a call changed stays until the file does."""
+    engine.pressure.set_thresholds(min_evict_bytes=77)
+    table["pressure"] = {
+        "enabled": True,
+        "source": "system",
+        "interval_ms": 60_000,
+        "high_watermark": 0.5,
+        "low_watermark": 0.4,
+        "evict_tiers": "disk",
+    }
+    done = engine.reload()
+    names = ("enabled", "interval_ms", "high_watermark", "low_watermark", "evict_tiers")
+    assert paths(done) == ({f"pressure.{name}" for name in names}, set())
+    status = engine.pressure.status()
+    assert status.enabled
+    assert (status.thresholds.high_watermark, status.thresholds.low_watermark) == (0.5, 0.4)
+    assert (status.thresholds.evict_tiers, status.thresholds.min_evict_bytes) == (("disk",), 77)
+    table["pressure"] |= {"low_watermark": 0.6}
+    with pytest.raises(ConfigError, match=r"pressure\.low_watermark: 0\.6 is not below"):
+        engine.reload()
+    assert engine.pressure.status().thresholds == status.thresholds
+    table["pressure"] |= {"low_watermark": 0.3, "source": ["noop", "system"], "noop": {}}
+    assert paths(engine.reload()) == (
+        {"pressure.low_watermark"},
+        {"pressure.source", "pressure.noop"},
+    )
+    table["pressure"]["enabled"] = False
+    engine.reload()
+    assert not engine.pressure.status().enabled
+    assert engine.pressure.status().thresholds.low_watermark == 0.3
+
+
+def test_pressure_is_taken_back(
+    engine: Engine, table: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When something fails behind it, the monitor is as it was."""
+
+    def fails(*_: object) -> None:
+        raise RuntimeError("no")
+
+    before = engine.pressure.status()
+    monkeypatch.setattr(engine.cache, "set_quota", fails)
+    table["pressure"] = {"enabled": True, "source": "noop", "high_watermark": 0.9}
+    table["tiers"][0]["quota_bytes"] = 1
+    with pytest.raises(RuntimeError):
+        engine.reload()
+    after = engine.pressure.status()
+    assert (after.enabled, after.thresholds) == (before.enabled, before.thresholds)
+
+
+def test_a_quota_beyond_the_memory_budget(table: dict[str, Any]) -> None:
+    """The budget stays, and a quota that it has no room for is refused."""
+    table["engine"] = {"memory_budget_bytes": "4MiB"}
+    with Engine.from_config(table) as engine:
+        table["tiers"][0]["quota_bytes"] = "8MiB"
+        with pytest.raises(ConfigError, match=r"tiers\[0\]\.quota_bytes: 8\.0 MiB is more than"):
+            engine.reload()
+        table["engine"] = {"memory_budget_bytes": "16MiB"}
+        with pytest.raises(ConfigError, match=r"tiers\[0\]\.quota_bytes: 8\.0 MiB is more than"):
+            engine.reload()  # as the budget cannot change
+        table["tiers"][0]["quota_bytes"] = "2MiB"
+        assert paths(engine.reload()) == (
+            {"tiers[0].quota_bytes"},
+            {"engine.memory_budget_bytes"},
+        )
+
+
+def test_what_is_set_aside_for_a_tmpfs(table: dict[str, Any], tmp_path: Path) -> None:
+    """A tier of files in memory takes its new quota of the budget."""
+    table["engine"] = {"memory_budget_bytes": "64MiB"}
+    tmpfs = {"name": "shm", "kind": "ram_file", "root": str(tmp_path / "s"), "quota_bytes": "1MiB"}
+    table["tiers"].append(tmpfs)
+    with Engine.from_config(table) as engine:
+        assert engine.cache.memory().holders["tier 'shm'"] == 1 << 20
+        tmpfs["quota_bytes"] = "3MiB"
+        engine.reload()
+        assert engine.cache.memory().holders["tier 'shm'"] == 3 << 20
+
+
 # ---------------------------------------------------------------------- what stays
 
 

@@ -11,7 +11,13 @@ import attrs
 
 from erllama_core.cache.counters import CounterSet
 from erllama_core.cache.gate import ReadCosts
-from erllama_core.errors import BlockNotFound, CacheError, TierError, TierFull
+from erllama_core.errors import (
+    BlockNotFound,
+    CacheError,
+    MemoryBudgetExceeded,
+    TierError,
+    TierFull,
+)
 from erllama_core.interfaces.block import ObjectId
 from erllama_core.interfaces.log import get_logger, told
 from erllama_core.interfaces.tier import (
@@ -110,8 +116,8 @@ class TierStore:
     def _run(self, operation: Callable[[], _T], what: str) -> _T:
         try:
             return operation()
-        except BlockNotFound:
-            raise  # an answer, not trouble
+        except (BlockNotFound, MemoryBudgetExceeded):
+            raise  # an answer, or this process's want of a buffer: not trouble
         except TierFull as error:
             if isinstance(error.__cause__, OSError):  # not the quota: the device
                 self._note_trouble(what, error)

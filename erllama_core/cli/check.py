@@ -19,7 +19,8 @@ from erllama_core.errors import ConfigError, ConfigProblem
 def check(ctx: click.Context, file: Path, as_json: bool) -> None:
     """Check the configuration FILE on this machine: values, plugins, options, files.
 
-    Exit code 0 when nothing is wrong, 1 otherwise. What works, and is hardly meant, is a warning.
+    Exit code 0 when nothing is wrong, 1 otherwise. What can be used, and is probably not what was
+    meant, is a warning.
     """
     problems: tuple[ConfigProblem, ...]
     warnings: tuple[ConfigProblem, ...] = ()

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import attrs
 
+from erllama_core.cache.budget import in_words
 from erllama_core.config.classes import EngineConfig, ModelConfig, PressureConfig
 from erllama_core.config.reading import LoadedConfig, read_config
 from erllama_core.config.signing import read_signing_key, signing_key_warnings
@@ -24,7 +25,7 @@ from erllama_core.host import PluginHost
 from erllama_core.interfaces.backend import BackendRequest
 from erllama_core.registry import OFFICIAL, Provider, ProviderKind, normalise, one_line
 
-NO_EFFECT: Final = "accepted, but without effect in this release"
+_IN_MEMORY: Final = frozenset({"ram", "ram_file"})
 
 
 @attrs.frozen
@@ -35,7 +36,7 @@ class Examination:
     """The parts that are right, with defaults for the others."""
     problems: tuple[ConfigProblem, ...]
     warnings: tuple[ConfigProblem, ...] = ()
-    """What works, and is hardly meant."""
+    """What :func:`config_warnings` finds."""
     source: str | None = None
     """The file, if there is one."""
 
@@ -98,6 +99,7 @@ def check_config(
         found = _check_model(config, host, model, path, problems)
         problems += [problem for problem in found if problem.path not in reported]
     _check_pressure(config, host, problems)
+    problems += memory_problems(config, host)
     try:
         read_signing_key(config.engine)
     except ConfigError as error:
@@ -106,21 +108,71 @@ def check_config(
 
 
 def config_warnings(config: EngineConfig, host: PluginHost) -> list[ConfigProblem]:
-    """What of a configuration works, and is hardly meant."""
-    found = [ConfigProblem(path, NO_EFFECT) for path in not_yet_effective(config)]
-    found += signing_key_warnings(config.engine)
+    """What can be used as it is, and is probably not what was meant."""
+    found = signing_key_warnings(config.engine)
     installed = host.installed()
     for name in config.plugins.allow or ():
         if normalise(name) not in installed:
             guess = nearest(normalise(name), installed)
             message = f"no plugin and no distribution {name!r} is installed"
             found.append(ConfigProblem("plugins.allow", message, guess))
+    pressure = config.pressure
+    words = {word for tier in config.tiers for word in (tier.name, tier.kind)}
+    gives = pressure.unload_idle_models or not words.isdisjoint(pressure.evict_tiers)
+    if pressure.enabled and not gives:
+        names = ", ".join(pressure.evict_tiers) or "none"
+        message = f"no configured tier is one of these ({names}), so there is nothing to evict"
+        found.append(ConfigProblem("pressure.evict_tiers", message))
     return found
 
 
-def not_yet_effective(config: EngineConfig) -> list[str]:
-    """Paths of options that are set, understood, and without effect in this release."""
-    return ["pressure.enabled"] if config.pressure.enabled else []
+def evict_tier_problems(
+    names: Iterable[str], config: EngineConfig, host: PluginHost
+) -> list[ConfigProblem]:
+    """Of these names or kinds of tiers, the ones that no tier can have."""
+    kinds = {name for kind, name in OFFICIAL if kind == "tier"} | set(host.registry.names("tier"))
+    known = kinds | {tier.name for tier in config.tiers} | {tier.kind for tier in config.tiers}
+    return [
+        ConfigProblem(
+            "pressure.evict_tiers",
+            f"{name!r} is no name and no kind of a tier",
+            nearest(name, known),
+        )
+        for name in names
+        if name not in known
+    ]
+
+
+def memory_problems(config: EngineConfig, host: PluginHost) -> list[ConfigProblem]:
+    """Quotas of tiers in memory that ``engine.memory_budget_bytes`` has no room for."""
+    budget = config.engine.memory_budget_bytes
+    if budget is None:
+        return []
+    found = []
+    on_tmpfs = 0
+    for index, tier in enumerate(config.tiers):
+        if tier.kind not in _IN_MEMORY:
+            continue
+        path = dotted("tiers", [index])
+        try:
+            options = structure_options(host.get("tier", tier.kind).config, tier.options, path)
+        except (ConfigError, PluginError):
+            continue  # reported with the tier
+        quota = options.quota_bytes
+        if quota is None:
+            if tier.kind == "ram":
+                continue  # its default is a bound, and gives way to the budget
+            message = "needed beside engine.memory_budget_bytes: its files are in memory"
+            found.append(ConfigProblem(f"{path}.quota_bytes", message))
+            continue
+        on_tmpfs += quota if tier.kind == "ram_file" else 0
+        if max(quota, on_tmpfs) > budget:
+            what = in_words(quota)
+            if quota <= budget:
+                what = f"{what}, {in_words(on_tmpfs)} with the tiers before it,"
+            message = f"{what} is more than engine.memory_budget_bytes ({in_words(budget)})"
+            found.append(ConfigProblem(f"{path}.quota_bytes", message))
+    return found
 
 
 def _check_model(
@@ -169,12 +221,7 @@ def _check_pressure(config: EngineConfig, host: PluginHost, problems: list[Confi
             options = pressure.source_options.get(name, {})
             place = dotted("pressure", [name])
             _structured(host, "pressure", name, "pressure.source", options, place, problems)
-    kinds = {name for kind, name in OFFICIAL if kind == "tier"} | set(host.registry.names("tier"))
-    known = kinds | {tier.name for tier in config.tiers} | {tier.kind for tier in config.tiers}
-    for name in pressure.evict_tiers:
-        if name not in known:
-            message = f"{name!r} is no name and no kind of a tier"
-            problems.append(ConfigProblem("pressure.evict_tiers", message, nearest(name, known)))
+    problems += evict_tier_problems(pressure.evict_tiers, config, host)
 
 
 def _structured(

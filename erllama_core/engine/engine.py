@@ -13,15 +13,20 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Self, Unpack
 
+import attrs
+
+from erllama_core.cache.budget import Hold
 from erllama_core.cache.cache import Cache
 from erllama_core.cache.tiers import NamedTier
 from erllama_core.config import (
     EngineConfig,
     ModelConfig,
+    PressureConfig,
     TierConfig,
     check_config,
     config_warnings,
     examine_loaded,
+    memory_problems,
     model_config,
     plugin_host,
     read_config,
@@ -30,7 +35,9 @@ from erllama_core.config import (
 )
 from erllama_core.config.structuring import dotted
 from erllama_core.engine.aio import AsyncEngine
+from erllama_core.engine.release import Releaser
 from erllama_core.engine.reload_plan import Plan, Reloaded, Running, plan_reload
+from erllama_core.engine.sources import pressure_sources
 from erllama_core.errors import (
     AlreadyLoaded,
     CacheError,
@@ -48,12 +55,15 @@ from erllama_core.interfaces.telemetry import (
     CacheEvent,
     ModelLoaded,
     Notification,
+    PressureSampled,
     RequestFinished,
 )
 from erllama_core.logs import logging_is_ours, reconfigure_logging
+from erllama_core.model.footprint import set_aside
 from erllama_core.model.loading import open_model
 from erllama_core.model.model import Model, ModelRef, PromptLike, ReplySetup
 from erllama_core.model.options import ReplyKwargs, RequestKwargs
+from erllama_core.pressure.monitor import Monitor
 from erllama_core.prompt import Prompt
 from erllama_core.results import (
     CacheHit,
@@ -93,8 +103,11 @@ class Engine:
             raise ConfigError(problems)
         self._signing_key = read_signing_key(self._config.engine)
         self.plugins: Final = plugin_host(self._config) if plugins is None else plugins
+        problems = memory_problems(self._config, self.plugins)
+        if problems:
+            raise ConfigError(problems)
         for warning in config_warnings(self._config, self.plugins):
-            log.warning("config.warning", path=warning.path, message=warning.message)
+            log.warning("config.questionable", path=warning.path, message=warning.message)
         self._notifier: Final = Notifier(self.plugins.listeners)
         settings = self._config.cache
         self._cache: Final = Cache(
@@ -105,6 +118,7 @@ class Engine:
             marks_share=settings.marks_share,
             read_timeout_s=settings.read_timeout_ms / 1000,
             write_timeout_s=settings.write_timeout_ms / 1000,
+            memory_budget_bytes=self._config.engine.memory_budget_bytes,
             on_event=self._teller(CacheEvent),
         )
         self._lock: Final = threading.Lock()
@@ -118,6 +132,12 @@ class Engine:
         self._loading: Final[set[str]] = set()
         self._ids: Final = itertools.count(1)
         self._closed = False
+        try:
+            self._pressure: Final = self._open_pressure()
+        except BaseException:
+            self._cache.close()
+            self._notifier.close()
+            raise
         self.aio: Final = AsyncEngine(self)
         # What is still in save buffers when a program ends without closing is written. The
         # engine's threads would outlive it otherwise, so until it is closed it stays.
@@ -152,6 +172,28 @@ class Engine:
     def _teller(self, kind: type[Notification]) -> Callable[[Notification], None] | None:
         """What notifications of a kind are given to; None when no plugin listens to them."""
         return self._notifier.tell if self._notifier.listens_to(kind) else None
+
+    def _open_pressure(self) -> Monitor:
+        settings = self._config.pressure
+        monitor = Monitor(
+            settings.thresholds,
+            functools.partial(pressure_sources, settings, self.plugins),
+            Releaser(
+                self._cache,
+                self._config,
+                self.plugins,
+                models=self._loaded,
+                unload_if_idle=self._unload_if_idle,
+            ),
+            tell=self._teller(PressureSampled),
+        )
+        if settings.enabled:
+            monitor.enable()
+        return monitor
+
+    def _loaded(self) -> list[Model]:
+        with self._lock:
+            return list(self._models.values())
 
     def _open_tiers(self) -> list[NamedTier]:
         opened: list[NamedTier] = []
@@ -192,20 +234,23 @@ class Engine:
                 raise AlreadyLoaded(f"a model is loaded as {name!r}; unload it or use another id")
             self._loading.add(name)
         started = time.perf_counter()
+        hold: Hold | None = None
         try:
             provider = self.plugins.get("backend", chosen.backend)
+            backend_options = structure_options(provider.config, chosen.model_opts, "model_opts")
+            hold = set_aside(name, chosen, provider, backend_options, self._cache)
             parts = open_model(
                 name,
                 chosen,
                 provider,
-                structure_options(provider.config, chosen.model_opts, "model_opts"),
+                backend_options,
                 cache=self._cache,
                 tiers=self._usable_tiers(chosen, config),
                 policy=config.policy_for(chosen),
                 reply=self._reply_setup(chosen),
                 tell_finished=self._teller(RequestFinished),
             )
-            model = Model(parts, self.unload)
+            model = Model(parts, self.unload, hold)
             with self._lock:
                 is_open = not self._closed
                 if is_open:
@@ -218,6 +263,11 @@ class Engine:
             log.info("model.loaded", model=name, backend=chosen.backend, seconds=round(seconds, 3))
             if self._notifier.listens_to(ModelLoaded):
                 self._notifier.tell(ModelLoaded(model=model.info(), seconds=seconds))
+        except BaseException:
+            if hold is not None:
+                hold.release()
+            raise
+        else:
             return model
         finally:
             with self._lock:
@@ -267,6 +317,13 @@ class Engine:
             self._from_config.discard(name)
         found.close()
         log.info("model.unloaded", model=name)
+
+    def _unload_if_idle(self, model: Model) -> bool:
+        """Unload a model in which nothing runs or waits; whether it was."""
+        if not model.stop_if_idle():
+            return False
+        self.unload(model)
+        return True
 
     def models(self) -> list[ModelInfo]:
         """Every loaded model."""
@@ -427,6 +484,12 @@ class Engine:
         return self._cache
 
     @property
+    def pressure(self) -> Monitor:
+        """What watches memory, and gives it back."""
+        self._check_fork()
+        return self._pressure
+
+    @property
     def config(self) -> EngineConfig:
         """What holds: what the engine was made with, and what reloads have changed of it."""
         return self._config
@@ -505,7 +568,7 @@ class Engine:
             )
         plan = plan_reload(self._config, wanted, running, self.plugins)
         # What is new may contradict what cannot change.
-        problems = plan.problems()
+        problems = plan.problems() + memory_problems(plan.config, self.plugins)
         if problems:
             raise ConfigError(problems, name)
         key = read_signing_key(plan.config.engine)
@@ -533,12 +596,29 @@ class Engine:
             if old != new:
                 undo.callback(model.set_policy, old)
                 model.set_policy(new)
+        self._follow_pressure(before.pressure, plan.config.pressure, undo)
         if plan.config.logging != before.logging:
             undo.callback(reconfigure_logging, before.logging)
             reconfigure_logging(plan.config.logging)
         for tier, (old_quota, new_quota) in plan.quotas.items():
             undo.callback(self._cache.set_quota, tier, old_quota)
             self._cache.set_quota(tier, new_quota)
+
+    def _follow_pressure(
+        self, old: PressureConfig, new: PressureConfig, undo: contextlib.ExitStack
+    ) -> None:
+        """Change of the monitor what the configuration changes; what calls changed, they keep."""
+        monitor = self._pressure
+        fields = attrs.asdict(new.thresholds)
+        changed = {name for name, value in fields.items() if value != getattr(old, name)}
+        if changed:
+            now = monitor.status().thresholds
+            undo.callback(monitor.set_thresholds, **{name: getattr(now, name) for name in changed})
+            monitor.set_thresholds(**{name: fields[name] for name in changed})
+        if new.enabled != old.enabled:
+            switch = {True: monitor.enable, False: monitor.disable}
+            undo.callback(switch[monitor.status().enabled])
+            switch[new.enabled]()
 
     def flush(self, timeout_s: float | None = None) -> bool:
         """Wait until the state of every answered request is in the tiers.
@@ -567,6 +647,7 @@ class Engine:
             with self._lock:
                 self._closed = True
                 loaded = list(self._models.values())
+            self._pressure.close()
             for model in loaded:
                 model.close()
             with self._lock:

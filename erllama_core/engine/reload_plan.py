@@ -197,7 +197,9 @@ class _Planner:
                 taken[name] = new
                 self._changed.append(Change(f"{path}.{name}", old, new))
             else:
-                places = _leaves(dotted(path, [name]), old, new)
+                # The options of a pressure source have a table of its name in the section itself.
+                place = path if name == "source_options" else dotted(path, [name])
+                places = _leaves(place, old, new)
                 self._kept += [Kept(place, reason) for place in places]
         made: T = attrs.evolve(before, **taken)  # type: ignore[misc] - all sections are attrs
         return made

@@ -10,6 +10,7 @@ from typing import Any, Final, Unpack
 
 import attrs
 
+from erllama_core.cache.budget import Hold
 from erllama_core.cache.cache import Cache
 from erllama_core.cache.policy import SavePolicy
 from erllama_core.errors import (
@@ -87,12 +88,15 @@ class ModelParts:
 class Model:
     """Weights, a context and its worker, under an id. Thread-safe."""
 
-    def __init__(self, parts: ModelParts, unload: Callable[[Model], None]) -> None:
+    def __init__(
+        self, parts: ModelParts, unload: Callable[[Model], None], memory: Hold | None = None
+    ) -> None:
         self.id: Final = parts.id
         self._parts: Final = parts
         self._backend: Final = parts.backend
         self._worker: Final = parts.worker
         self._unload: Final = unload
+        self._memory: Final = memory
         self._closed = False
         self._pid: Final = os.getpid()
 
@@ -423,6 +427,19 @@ class Model:
         """
         self._worker.set_policy(policy)
 
+    def drop_residents(self, timeout_s: float = 0.0) -> int:
+        """Have idle sequences give back their cells, saved first; how many did in that time."""
+        return self._worker.drop_residents(timeout_s)
+
+    @property
+    def last_used_s(self) -> float:
+        """When a request came or ended last, or it was loaded; on the monotonic clock."""
+        return self._worker.last_used_s
+
+    def stop_if_idle(self) -> bool:
+        """Take no more requests, if none runs or waits; for the engine, which closes it then."""
+        return self._worker.stop_if_idle()
+
     def unload(self) -> None:
         """End its requests with EngineClosed and free it. Idempotent."""
         self._unload(self)
@@ -431,6 +448,8 @@ class Model:
         """What :meth:`unload` does, without telling the engine; for the engine. Idempotent."""
         self._closed = True
         self._worker.close()
+        if self._memory is not None:
+            self._memory.release()
 
     def _check_open(self) -> None:
         if self._closed:

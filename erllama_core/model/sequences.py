@@ -184,10 +184,12 @@ class SequencePool:
         """Cells that dropping a sequence gives back."""
         return self.ledger.exclusive(live.seq) if self.ledger.is_pooled else live.length
 
-    def drop_all_idle(self) -> None:
-        """Drop every resident, pinned or not."""
-        for live in self._residents():
+    def drop_all_idle(self) -> int:
+        """Drop every resident, pinned or not; how many there were."""
+        residents = list(self._residents())
+        for live in residents:
             self.drop(live)
+        return len(residents)
 
     def _residents(self) -> Iterable[LiveSequence]:
         return [live for live in self.all if live.is_resident]

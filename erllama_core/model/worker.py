@@ -76,6 +76,8 @@ class Worker:
         self._watchdog: threading.Thread | None = None
         self.quarantined = 0
         """Contexts that were given up because a native call in them did not come back."""
+        self.last_used_s = time.monotonic()
+        """When a request came or ended last, on the monotonic clock."""
 
     # ------------------------------------------------------------------ life
 
@@ -134,6 +136,7 @@ class Worker:
                     request.options.session_id, request, goes_on_from
                 )
             self._unfinished.add(request)
+            self.last_used_s = time.monotonic()
             self._runner.post(lambda: self._runner.waiting.append(request))
 
     def _check_accepts(self) -> None:
@@ -153,6 +156,7 @@ class Worker:
         """A request is over. On the worker's thread."""
         with self._lock:
             self._unfinished.discard(request)
+            self.last_used_s = time.monotonic()
 
     def cancel(self, request: Request) -> None:
         """End a request at its next token; nothing happens when it has ended.
@@ -264,11 +268,37 @@ class Worker:
             if self._accepts:
                 self._runner.post(functools.partial(self._runner.set_policy, policy))
 
-    def drop_residents(self) -> None:
-        """Have idle sequences give back their cells; their state is saved first."""
+    def drop_residents(self, timeout_s: float = 0.0) -> int:
+        """Have idle sequences give back their cells; their state is saved first.
+
+        How many did within ``timeout_s``: a worker that is in the middle of a step, or closed,
+        gives 0, and drops them later.
+        """
+        done = threading.Event()
+        dropped = 0
         with self._lock:
-            if self._accepts:
-                self._runner.post(self._runner.pool.drop_all_idle)
+            if not self._accepts:
+                return 0
+            runner = self._runner
+
+            def drop() -> None:
+                nonlocal dropped
+                dropped = runner.pool.drop_all_idle()
+                done.set()
+
+            runner.post(drop)
+        return dropped if done.wait(timeout_s) else 0
+
+    def stop_if_idle(self) -> bool:
+        """Take no more requests, if none runs or waits; False, and nothing changed, if one does.
+
+        To be closed then.
+        """
+        with self._lock:
+            if self._unfinished or not self._accepts:
+                return False
+            self._accepts = False
+            return True
 
     # ------------------------------------------------------------ observation
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from erllama_backend_llama.options import LlamaOptions
 from erllama_core.errors import ModelLoadError
 from erllama_core.hookspecs import hookimpl
-from erllama_core.interfaces.backend import BackendModel, BackendRequest
+from erllama_core.interfaces.backend import BackendModel, BackendRequest, MemoryEstimate
 from erllama_core.providers import Available, BackendProvider, Unavailable
 
 
@@ -48,6 +48,12 @@ def _check(request: BackendRequest) -> Iterator[tuple[str, str]]:
         yield named[0] if named else "context_opts", str(error)
 
 
+def _estimate(request: BackendRequest) -> MemoryEstimate | None:
+    from erllama_backend_llama.memory import estimate_memory
+
+    return estimate_memory(request)
+
+
 @hookimpl
 def erllama_backends() -> Sequence[BackendProvider]:
     """The backend ``llama``."""
@@ -59,5 +65,6 @@ def erllama_backends() -> Sequence[BackendProvider]:
             config=LlamaOptions,
             probe=_probe,
             check=_check,
+            estimate=_estimate,
         ),
     )

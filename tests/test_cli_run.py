@@ -114,6 +114,7 @@ def test_the_session_is_reused(config: Path) -> None:
     assert "tier ram: " in warm
     assert "model fake: " in warm
     assert "model other: " in warm
+    assert "pressure: not watched" in warm
 
 
 def test_reset_begins_anew(config: Path) -> None:

@@ -50,6 +50,7 @@ PAGES = sorted(
         *ROOT.glob(pattern),
         *ROOT.glob(f"plugins/*/{pattern}"),
         *ROOT.glob(f"bench/{pattern}"),
+        *ROOT.glob(f"examples/{pattern}"),
     )
 )
 SECTIONS = {field.name for field in attrs.fields(EngineConfig)}

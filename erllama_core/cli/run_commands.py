@@ -16,6 +16,7 @@ from erllama_core.config.environment import parse_value
 from erllama_core.engine import Engine
 from erllama_core.errors import ErllamaError, nearest
 from erllama_core.model.options import RequestOptions
+from erllama_core.pressure.status import PressureStatus
 from erllama_core.results import ModelInfo, Stats
 
 
@@ -142,6 +143,20 @@ class Commands:
         for usage in self._engine.cache.usage():
             of = "" if usage.quota_bytes is None else f" of {human_size(usage.quota_bytes)}"
             yield f"tier {usage.tier}: {human_size(usage.used_bytes)}{of}"
+        memory = self._engine.cache.memory()
+        if memory.budget_bytes is not None:
+            budget = human_size(memory.budget_bytes)
+            yield f"memory budget: {human_size(memory.used_bytes)} of {budget}"
+        yield _pressure(self._engine.pressure.status())
+
+
+def _pressure(status: PressureStatus) -> str:
+    if not status.enabled:
+        return "pressure: not watched"
+    top = status.tightest
+    now = "no reading yet" if top is None else f"{top.resource} {top.usage:.0%}"
+    freed = f"given back {count(status.releases, 'time')}, {human_size(status.freed_bytes)}"
+    return f"pressure: {now}, {freed}"
 
 
 def _last_reply(stats: Stats) -> Iterator[str]:

@@ -30,6 +30,7 @@ from erllama_core.config import (
     CacheConfig,
     EngineConfig,
     EngineSettings,
+    LoggingConfig,
     ModelConfig,
     PluginsConfig,
     PressureConfig,
@@ -235,6 +236,7 @@ TABLES: dict[str, tuple[type[Any], set[str]]] = {
     "thinking_markers": (ThinkingMarkers, set()),
     "tool_call_markers": (ToolCallMarkers, set()),
     "[pressure]": (PressureConfig, {"source_options"}),  # the tables below this one
+    "[logging]": (LoggingConfig, set()),
 }
 
 

@@ -39,7 +39,7 @@ class StallReading:
     @property
     def usage(self) -> float:
         """Stalled over the limit, 0.0 to 1.0."""
-        return min(1.0, self.stalled / self.limit) if self.limit > 0 else 0.0
+        return min(self.stalled / self.limit, 1.0) if self.limit > 0 else 0.0
 
 
 Reading = PressureReading | StallReading

@@ -44,7 +44,7 @@ MAY_IMPORT = {
     "telemetry": {"interfaces"},
     "host": CONTRACTS | {"registry", "builtin", "telemetry"},
     "config": CONTRACTS | {"registry", "host", "cache", "pressure", "signing"},
-    "conformance": CONTRACTS,
+    "conformance": CONTRACTS | {"stream"},
     # One loaded model; then all of them; then the command line.
     "model": CONTRACTS | ROOMS | {"config", "user_cache"},
     "engine": CONTRACTS | ROOMS | {"config", "registry", "host", "model", "signing", "telemetry"},

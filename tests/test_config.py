@@ -20,13 +20,16 @@ from erllama_core.cache.policy import SavePolicy
 from erllama_core.config import (
     CacheConfig,
     EngineConfig,
+    EngineSettings,
     ModelConfig,
     PressureConfig,
     ThinkingMarkers,
     TierConfig,
     check_config,
+    config_warnings,
     examine_config,
     load_config,
+    memory_problems,
     model_config,
     read_config,
     structure_options,
@@ -1088,3 +1091,64 @@ def test_examine_goes_on_behind_mistakes(host: PluginHost) -> None:
         "models.m.backend",
     }
     assert found.warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("pressure", "warned"),
+    [
+        ({"enabled": True}, False),
+        ({"enabled": False, "evict_tiers": ["ram_file"]}, False),
+        ({"enabled": True, "evict_tiers": ["ram_file"]}, True),
+        ({"enabled": True, "evict_tiers": []}, True),
+        ({"enabled": True, "evict_tiers": [], "unload_idle_models": True}, False),
+    ],
+)
+def test_pressure_that_can_free_nothing(pressure: dict[str, Any], warned: bool) -> None:
+    """A monitor that has nothing to give back can be configured, with a warning."""
+    config = load_config({"pressure": pressure}, environ={})
+    warnings = config_warnings(config, PluginHost(discover=False))
+    assert [warning.path for warning in warnings] == ["pressure.evict_tiers"] * warned
+
+
+RAM = {"name": "ram", "kind": "ram"}
+SHM = {"kind": "ram_file", "root": "/x"}
+
+
+@pytest.mark.parametrize(
+    ("tiers", "found"),
+    [
+        ([], {}),
+        ([RAM | {"quota_bytes": "1GiB"}], {}),
+        (
+            [RAM | {"quota_bytes": "2GiB"}],
+            {"tiers[0].quota_bytes": "2.0 GiB is more than engine.memory_budget_bytes (1.0 GiB)"},
+        ),
+        ([RAM | {"quota_bytes": "1GiB"}, SHM | {"name": "a", "quota_bytes": "1GiB"}], {}),
+        (
+            [SHM | {"name": "a"}],
+            {
+                "tiers[0].quota_bytes": "needed beside engine.memory_budget_bytes: its files are "
+                "in memory"
+            },
+        ),
+        (
+            [SHM | {"name": name, "quota_bytes": "600MiB"} for name in "ab"],
+            {
+                "tiers[1].quota_bytes": "600.0 MiB, 1.2 GiB with the tiers before it, is more "
+                "than engine.memory_budget_bytes (1.0 GiB)"
+            },
+        ),
+        ([{"name": "d", "kind": "disk", "root": "/x", "quota_bytes": "5GiB"}], {}),
+    ],
+    ids=["default", "fits", "too large", "shares", "no quota", "together", "disk"],
+)
+def test_quotas_beyond_the_memory_budget(
+    tiers: list[dict[str, Any]], found: dict[str, str]
+) -> None:
+    """A tier in memory that the budget has no room for is a mistake, at its place."""
+    table = {"engine": {"memory_budget_bytes": "1GiB"}, "tiers": tiers}
+    config, host = load_config(table, environ={}), PluginHost()
+    assert {p.path: p.message for p in memory_problems(config, host)} == found
+    assert {p.path for p in check_config(config, host, stores=False)} == set(found)
+    without = attrs.evolve(config, engine=EngineSettings())
+    assert memory_problems(without, host) == []

@@ -44,11 +44,13 @@ class Hold:
 class MemoryBudget:
     """Counts pages as they are mapped, and what is set aside under a name. Thread-safe.
 
-    ``limit_bytes`` None: everything is counted, and nothing is refused.
+    ``limit_bytes`` None: everything is counted, and nothing is refused. ``headroom_bytes``: what
+    rows of tiers should leave to buffers, or a quarter of what there is if that is less.
     """
 
-    def __init__(self, limit_bytes: int | None = None) -> None:
+    def __init__(self, limit_bytes: int | None = None, headroom_bytes: int = 0) -> None:
         self.limit_bytes: Final = limit_bytes
+        self._headroom_bytes: Final = headroom_bytes
         self._lock: Final = threading.Lock()
         self._pages = 0
         self._holds: set[Hold] = set()
@@ -73,6 +75,15 @@ class MemoryBudget:
             return 0
         used = self._pages + sum(hold.n_bytes for hold in self._holds)
         return min(n_bytes, max(0, used + n_bytes - self.limit_bytes))
+
+    def crowded(self, idle_bytes: int) -> int:
+        """How many bytes of rows should give way to buffers; ``idle_bytes`` wait to be used."""
+        if self.limit_bytes is None:
+            return 0
+        with self._lock:
+            room = max(0, self.limit_bytes - sum(hold.n_bytes for hold in self._holds))
+            headroom = min(self._headroom_bytes, room // 4)
+            return max(0, self._pages - idle_bytes - (room - headroom))
 
     def take(self, n_bytes: int) -> bool:
         """Count pages that are to be mapped; False, and they must not be, beyond the limit."""

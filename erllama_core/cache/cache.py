@@ -90,7 +90,7 @@ class Cache:
         self._closing: Final = threading.Lock()
         self._closed = False
         self._write_timeout_s: Final = write_timeout_s
-        self.budget: Final = MemoryBudget(memory_budget_bytes)
+        self.budget: Final = MemoryBudget(memory_budget_bytes, max_inflight_bytes)
         self._quota_holds: Final[dict[str, Hold | None]] = {}
         """By their names, what is set aside for tiers on a tmpfs."""
         self._catalog: Final = Catalog(tiers, PagePool(POOL_IDLE_BYTES, self.budget), marks_share)

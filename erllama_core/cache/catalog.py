@@ -150,7 +150,15 @@ class Catalog:
         return used
 
     def _make_room(self, store: TierStore, entry: Entry, size: int, use: Use | None) -> None:
-        """Evict until an object fits into the quota, and a mark into the marks' share of it."""
+        """Evict until an object fits into the quota, and a mark into the marks' share of it.
+
+        A row in memory besides leaves room for the next buffers in the memory budget: nobody who
+        saves should have to make it.
+        """
+        if store.keeps is not None:
+            crowded = self.pool.budget.crowded(self.pool.idle_bytes)
+            if crowded:
+                self.evict(store, crowded, worth_less_than=use, pinned=use is None)
         usage = store.usage()
         quota = usage.quota_bytes
         if quota is None:

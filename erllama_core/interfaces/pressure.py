@@ -39,7 +39,7 @@ class StallReading:
     @property
     def usage(self) -> float:
         """Stalled over the limit, 0.0 to 1.0."""
-        return min(1.0, self.stalled / self.limit) if self.limit > 0 else 0.0
+        return min(self.stalled / self.limit, 1.0) if self.limit > 0 else 0.0
 
 
 Reading = PressureReading | StallReading
@@ -52,9 +52,9 @@ class PressureSource(Protocol):
     def sample(self) -> tuple[Reading, ...]:
         """Current readings, one per memory watched; empty when there is nothing to say.
 
-        Raises whatever says why no reading can be had, such as OSError or an ErllamaError; the
-        source is then skipped until the next interval, and its words are in the monitor's status.
-        One that does not answer within five seconds is skipped too, and asked again when it has.
+        Raises OSError or ErllamaError when no reading can be had; the source is then skipped
+        until the next interval, and the words are in the monitor's status. One that does not
+        answer within five seconds is skipped too, and asked again when it has.
         """
         ...
 

@@ -233,10 +233,12 @@ class Monitor:
             release = None
             if high:
                 self._pause(CONFIRM_AFTER_S)
+                if self._closed.is_set():
+                    return
                 readings = sample_all(samplers, self._answer_within_s)
                 still = self._high(readings, thresholds)
                 confirmed = {key: reading for key, reading in still.items() if key in high}
-                if confirmed and not self._closed.is_set():
+                if confirmed:
                     release = self._release(confirmed, thresholds)
             self._forget_moved(readings, thresholds)
             self._note([reading for _, reading in readings], release)

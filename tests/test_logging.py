@@ -173,7 +173,7 @@ def test_an_unexpected_exception() -> None:
     """Where it was raised is logged as an error, what it says at debug."""
     written = logged(LoggingConfig(level="debug", format="json"))
     try:
-        {}["the prompt"]
+        {"": 0}["the prompt"]
     except KeyError as error:
         log_unexpected(log, "it.raised", error, model="m")
     shown, detail = (json.loads(line) for line in written.getvalue().splitlines())
@@ -242,7 +242,7 @@ def _scenario(tmp_path: Path) -> None:
     }
     script = [f"<think>{MARKER}</think>{MARKER}<tool_call>{MARKER}</tool_call>"]
     failing = {"fail_step": 3, "fail_import": 1}
-    table = {
+    table: dict[str, Any] = {
         "engine": {"thinking_signing_key_file": str(key)},
         "tiers": [{"name": "disk", "kind": "disk", "root": str(tmp_path / "kvc")}],
         "models": {

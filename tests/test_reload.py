@@ -187,28 +187,28 @@ def test_the_signing_key(tmp_path: Path) -> None:
     )
     table = {"engine": {"thinking_signing_key_file": str(key)}, "models": {"m": thinking}}
 
-    def signature() -> bytes:
+    def signature(engine: Engine) -> bytes:
         prompt = engine.apply_chat_template("m", [{"role": "user", "content": "well?"}])
         stream = engine.infer("m", prompt, thinking=True)
         return next(event.signature for event in stream if isinstance(event, ThinkingEnd))
 
     with Engine.from_config(table) as engine:
-        first = signature()
+        first = signature(engine)
         key.write_bytes(b"b" * 32)
         done = engine.reload()
         assert paths(done) == ({"engine.thinking_signing_key_file"}, set())
         assert "bbb" not in str(done)
-        second = signature()
+        second = signature(engine)
         assert first != second
         assert engine.verify_thinking("hm", second)
         assert not engine.verify_thinking("hm", first)
         key.write_bytes(b"short")
         with pytest.raises(ConfigError, match="32 bytes at least"):
             engine.reload()
-        assert signature() == second
+        assert signature(engine) == second
         del table["engine"]
         engine.reload()
-        assert signature() == b""
+        assert signature(engine) == b""
 
 
 def test_the_log(engine: Engine, table: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Final, cast
 
 from erllama_core.engine import Engine
 from erllama_core.errors import unknown_name
-from erllama_core.model.options import ReplyKwargs, RequestKwargs, RequestOptions
+from erllama_core.model.options import RequestKwargs, RequestOptions
 from erllama_core.prompt import Prompt
 from erllama_core.results import Explanation, Stats
 from erllama_core.stream.stream import Stream
@@ -58,13 +58,10 @@ class Conversation:
 
     def ask(self, text: str) -> Stream:
         """Start a reply; :meth:`answered` takes it into the conversation."""
-        return self._engine.infer(
-            self.model_id,
-            self.render(text),
-            **self.request_options(),
-            explain=True,
-            session_id=self._session,
-        )
+        options = self.request_options()
+        options["explain"] = True
+        options["session_id"] = self._session
+        return self._engine.infer(self.model_id, self.render(text), **options)
 
     def answered(self, text: str, reply: str, stats: Stats) -> None:
         """A turn has ended. One that was cancelled before anything was said never was."""
@@ -87,12 +84,12 @@ class Conversation:
 
     # ---------------------------------------------------------------- changing
 
-    def request_options(self) -> ReplyKwargs:
+    def request_options(self) -> RequestKwargs:
         """Options of the next request. Thinking is told apart where the model marks it."""
         configured = self._engine.config.models.get(self.model_id)
         marks = configured is not None and configured.thinking_markers is not None
         options: dict[str, Any] = {"thinking": marks, **self._chosen}
-        return cast("ReplyKwargs", options)  # each of them was checked
+        return cast("RequestKwargs", options)  # each of them was checked
 
     def set_option(self, name: str, value: Any) -> None:
         """Choose an option for all later requests. Raises TypeError, ValueError."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
 import attrs
@@ -33,7 +33,7 @@ class _Command:
     argument: str
     """What is told of its argument; empty for none."""
     summary: str
-    run: Callable[[Commands, str], Iterator[str]]
+    run: Callable[[Commands, str], Iterable[str]]
 
 
 class Commands:
@@ -69,9 +69,8 @@ class Commands:
             yield f"{shown[name]:<{width}}  {command.summary}"
         yield "Ctrl-C ends a reply, Ctrl-D leaves. A prompt that begins with a slash: //..."
 
-    def leave(self, _: str) -> Iterator[str]:
+    def leave(self, _: str) -> list[str]:
         raise Leave
-        yield
 
     def reset(self, _: str) -> Iterator[str]:
         self._conversation.reset()

@@ -23,7 +23,8 @@ from erllama_core.errors import (
 )
 from erllama_core.host import PluginHost
 from erllama_core.interfaces.backend import BackendRequest
-from erllama_core.registry import OFFICIAL, Provider, ProviderKind, normalise, one_line
+from erllama_core.providers import Provider
+from erllama_core.registry import OFFICIAL, ProviderKind, normalise, one_line
 
 _IN_MEMORY: Final = frozenset({"ram", "ram_file"})
 
@@ -96,8 +97,8 @@ def check_config(
             problems += _own_check(provider.check, options, path)
     for model_id, model in config.models.items():
         path = dotted("models", [model_id])
-        found = _check_model(config, host, model, path, problems)
-        problems += [problem for problem in found if problem.path not in reported]
+        own = _check_model(config, host, model, path, problems)
+        problems += [problem for problem in own if problem.path not in reported]
     _check_pressure(config, host, problems)
     problems += memory_problems(config, host)
     try:

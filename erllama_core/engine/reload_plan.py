@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, cast
 
 import attrs
 
@@ -13,7 +13,7 @@ from erllama_core.config.structuring import dotted
 from erllama_core.errors import ConfigError, ConfigProblem, PluginError
 from erllama_core.host import PluginHost
 
-T = TypeVar("T")
+T = TypeVar("T", bound=attrs.AttrsInstance)
 
 _AT_START: Final = "is read when the engine starts"
 _AT_LOADING: Final = "is read when the model is loaded; unload it and load it again"
@@ -200,9 +200,9 @@ class _Planner:
                 # The options of a pressure source have a table of its name in the section itself.
                 place = path if name == "source_options" else dotted(path, [name])
                 places = _leaves(place, old, new)
-                self._kept += [Kept(place, reason) for place in places]
-        made: T = attrs.evolve(before, **taken)  # type: ignore[misc] - all sections are attrs
-        return made
+                self._kept.extend(Kept(place, reason) for place in places)
+        made: Any = before  # mypy follows evolve into no type variable
+        return cast("T", attrs.evolve(made, **taken))
 
     def _tiers(
         self, before: tuple[TierConfig, ...], after: tuple[TierConfig, ...]
@@ -247,16 +247,16 @@ class _Planner:
         if name not in self._running.loaded:
             self._kept.append(Kept(path, "was unloaded meanwhile, and is not loaded again"))
             return after
-        taken = {}
+        policy = before.policy
         for field, old, new in _different(before, after):
             if field == "policy":
-                taken[field] = self._policy(f"{path}.policy", old, new)
+                policy = self._policy(f"{path}.policy", old, new)
             elif field != "model_opts" or any(
                 self._options_apart("backend", before.backend, old, new)
             ):
                 places = _leaves(f"{path}.{field}", old, new)
-                self._kept += [Kept(place, _AT_LOADING) for place in places]
-        return attrs.evolve(before, **taken)
+                self._kept.extend(Kept(place, _AT_LOADING) for place in places)
+        return attrs.evolve(before, policy=policy)
 
     def _policy(
         self, path: str, before: Mapping[str, Any], after: Mapping[str, Any]
@@ -296,7 +296,7 @@ class _Planner:
 
 def _different(before: T, after: T) -> Iterator[tuple[str, Any, Any]]:
     """The fields in which two instances of one attrs class differ."""
-    for field in attrs.fields(type(before)):  # type: ignore[arg-type] - all of them are
+    for field in attrs.fields(type(before)):
         old, new = getattr(before, field.name), getattr(after, field.name)
         if old != new:
             yield field.name, old, new

@@ -30,6 +30,7 @@ from erllama_core.config import (
     CacheConfig,
     EngineConfig,
     EngineSettings,
+    LoggingConfig,
     ModelConfig,
     PluginsConfig,
     PressureConfig,
@@ -50,6 +51,7 @@ PAGES = sorted(
         *ROOT.glob(pattern),
         *ROOT.glob(f"plugins/*/{pattern}"),
         *ROOT.glob(f"bench/{pattern}"),
+        *ROOT.glob(f"examples/{pattern}"),
     )
 )
 SECTIONS = {field.name for field in attrs.fields(EngineConfig)}
@@ -234,6 +236,7 @@ TABLES: dict[str, tuple[type[Any], set[str]]] = {
     "thinking_markers": (ThinkingMarkers, set()),
     "tool_call_markers": (ToolCallMarkers, set()),
     "[pressure]": (PressureConfig, {"source_options"}),  # the tables below this one
+    "[logging]": (LoggingConfig, set()),
 }
 
 

@@ -59,7 +59,7 @@ def load_model(request: BackendRequest) -> LlamaModel:
     check_options(request.context)
     check_gguf(request.model_path)
     native.start()
-    params, _kept = _model_params(options)
+    params, _kept = model_params(options)
     with native.collect_log() as lines:
         model = llama_cpp.llama_model_load_from_file(os.fsencode(request.model_path), params)
     if not model:
@@ -132,7 +132,7 @@ class LlamaModel:
         llama_cpp.llama_model_free(model)
 
 
-def _model_params(options: LlamaOptions) -> tuple[Any, Any]:
+def model_params(options: LlamaOptions) -> tuple[Any, Any]:
     """``struct llama_model_params``, and what must stay alive while it is used."""
     params = llama_cpp.llama_model_default_params()
     params.n_gpu_layers = options.n_gpu_layers

@@ -108,7 +108,7 @@ def test_slices_of_prompts(engine: Engine, table: dict[str, Any]) -> None:
     assert stream.result().stats.prompt_tokens == 64
     # Two slices of 8, one of 48, then the last token: a step that never comes has no fault.
     runner = engine.model("held")._worker._runner
-    assert runner.step_number == 4
+    assert runner.watch.count == 4
 
 
 def test_quotas(engine: Engine, table: dict[str, Any]) -> None:

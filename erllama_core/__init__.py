@@ -22,6 +22,7 @@ from erllama_core.interfaces.stream import (
 from erllama_core.model.model import Model
 from erllama_core.prompt import Prompt
 from erllama_core.results import (
+    AdapterInfo,
     CacheDelta,
     CacheHit,
     CacheKey,
@@ -34,6 +35,7 @@ from erllama_core.signing import verify_thinking
 from erllama_core.stream.stream import Stream
 
 __all__ = [
+    "AdapterInfo",
     "AsyncEngine",
     "BlockMeta",
     "Cache",

@@ -11,6 +11,7 @@ from erllama_core.config.check import (
     plugin_host,
 )
 from erllama_core.config.classes import (
+    AdapterConfig,
     CacheConfig,
     EngineConfig,
     EngineSettings,
@@ -26,6 +27,7 @@ from erllama_core.config.structuring import structure_options
 from erllama_core.interfaces.markers import ThinkingMarkers, ToolCallMarkers
 
 __all__ = [
+    "AdapterConfig",
     "CacheConfig",
     "EngineConfig",
     "EngineSettings",

@@ -66,6 +66,7 @@ from erllama_core.model.options import ReplyKwargs, RequestKwargs
 from erllama_core.pressure.monitor import Monitor
 from erllama_core.prompt import Prompt
 from erllama_core.results import (
+    AdapterInfo,
     CacheHit,
     CacheKey,
     Completion,
@@ -414,6 +415,32 @@ class Engine:
     def reset_session(self, model: ModelRef, session_id: Hashable) -> bool:
         """See :meth:`Model.reset_session`."""
         return self._resolve(model).reset_session(session_id)
+
+    def load_adapter(
+        self,
+        model: ModelRef,
+        path: str | os.PathLike[str],
+        *,
+        name: str | None = None,
+        scale: float = 1.0,
+        timeout_s: float | None = None,
+    ) -> AdapterInfo:
+        """See :meth:`Model.load_adapter`."""
+        return self._resolve(model).load_adapter(path, name=name, scale=scale, timeout_s=timeout_s)
+
+    def unload_adapter(self, model: ModelRef, name: str, *, timeout_s: float | None = None) -> None:
+        """See :meth:`Model.unload_adapter`."""
+        self._resolve(model).unload_adapter(name, timeout_s=timeout_s)
+
+    def set_adapter_scale(
+        self, model: ModelRef, name: str, scale: float, *, timeout_s: float | None = None
+    ) -> None:
+        """See :meth:`Model.set_adapter_scale`."""
+        self._resolve(model).set_adapter_scale(name, scale, timeout_s=timeout_s)
+
+    def list_adapters(self, model: ModelRef) -> list[AdapterInfo]:
+        """See :meth:`Model.list_adapters`."""
+        return self._resolve(model).list_adapters()
 
     def why(
         self, model: ModelRef, prompt: PromptLike, *, cache_salt: str | None = None

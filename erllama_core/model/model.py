@@ -6,6 +6,7 @@ import functools
 import itertools
 import os
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final, Unpack
 
 import attrs
@@ -26,6 +27,15 @@ from erllama_core.interfaces.log import get_logger
 from erllama_core.interfaces.markers import ThinkingMarkers, ToolCallMarkers
 from erllama_core.interfaces.stream import ProcessorRequest, RunningSignature
 from erllama_core.interfaces.telemetry import RequestFinished
+from erllama_core.model.adapters import (
+    adapter_name,
+    added,
+    as_scale,
+    check_is_new,
+    open_adapter,
+    removed,
+    scaled,
+)
 from erllama_core.model.chat import render_chat
 from erllama_core.model.explain import explain
 from erllama_core.model.options import ReplyKwargs, RequestKwargs, RequestOptions
@@ -33,6 +43,7 @@ from erllama_core.model.request import Request
 from erllama_core.model.worker import Worker
 from erllama_core.prompt import Prompt, pack
 from erllama_core.results import (
+    AdapterInfo,
     CacheHit,
     CacheKey,
     Completion,
@@ -313,6 +324,57 @@ class Model:
             reused_tokens=reused,
             saving=self._worker.shortfall(len(whole)),
         )
+
+    # ---------------------------------------------------------------- adapters
+
+    def load_adapter(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        name: str | None = None,
+        scale: float = 1.0,
+        timeout_s: float | None = None,
+    ) -> AdapterInfo:
+        """Load a LoRA adapter, under its file's name if not under another, and use it.
+
+        Requests that run end with the adapters that they began with; those that come or wait
+        run with this one too. Returns when it is in effect. ``timeout_s``: seconds that the
+        requests that run have to end, None for any time. Raises AdapterLoadError, AlreadyLoaded,
+        NotSupported, AdapterTimeout, EngineClosed; nothing was changed then.
+        """
+        self._check_open()
+        check_is_new(adapter_name(Path(path), name), self._worker.adapters)
+        adapter = open_adapter(
+            self._backend, self._parts.backend_name, path, name=name, scale=scale
+        )
+        try:
+            self._worker.change_adapters(functools.partial(added, adapter), timeout_s)
+        except BaseException:
+            adapter.weights.close()
+            raise
+        return adapter.info
+
+    def unload_adapter(self, name: str, *, timeout_s: float | None = None) -> None:
+        """Go on without an adapter, and free it; like :meth:`load_adapter` when requests run.
+
+        Raises AdapterNotFound, AdapterTimeout, EngineClosed.
+        """
+        self._check_open()
+        self._worker.change_adapters(functools.partial(removed, name), timeout_s)
+
+    def set_adapter_scale(self, name: str, scale: float, *, timeout_s: float | None = None) -> None:
+        """Have an adapter work more or less; like :meth:`load_adapter` when requests run.
+
+        Raises AdapterNotFound, AdapterTimeout, EngineClosed; AdapterLoadError when the model
+        computes no numbers with that scale.
+        """
+        self._check_open()
+        as_scale(scale)
+        self._worker.change_adapters(functools.partial(scaled, name, scale), timeout_s)
+
+    def list_adapters(self) -> list[AdapterInfo]:
+        """The adapters in effect, in the order in which they were loaded; waits for nobody."""
+        return [one.info for one in self._worker.adapters]
 
     # ----------------------------------------------------------- text and tokens
 

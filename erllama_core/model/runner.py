@@ -14,6 +14,7 @@ from erllama_core.errors import EngineClosed, EngineReset
 from erllama_core.interfaces.backend import BackendModel, Context
 from erllama_core.interfaces.block import TOKEN_BYTES
 from erllama_core.interfaces.log import get_logger, log_unexpected
+from erllama_core.model.adapters import AdapterTable, Barrier
 from erllama_core.model.admission import Admission
 from erllama_core.model.endings import Endings
 from erllama_core.model.inbox import Inbox
@@ -49,6 +50,7 @@ class Runner:
         policy: SavePolicy,
         sessions: SessionTable,
         *,
+        adapters: AdapterTable,
         resident_cells_max: int | None,
         ended: Callable[[Request], None],
     ) -> None:
@@ -56,6 +58,7 @@ class Runner:
         self._model: Final = model
         self._policy = policy
         self._sessions: Final = sessions
+        self._adapters: Final = adapters
         self._resident_cells_max: Final = resident_cells_max
         self._ended: Final = ended
         self.inbox: Final = Inbox()
@@ -73,6 +76,7 @@ class Runner:
         self.stepper: Stepper
         self.restorer: Restorer
         self.endings: Endings
+        self._barrier: Barrier
         self._admission: Admission
 
     # -------------------------------------------------------------- to be posted
@@ -180,8 +184,22 @@ class Runner:
             self._new_composer(),
             self.watch,
         )
+        self._barrier = Barrier(
+            self._adapters,
+            context,
+            self.space,
+            self.pool,
+            self.roster,
+            self.watch,
+            save_timeout_s=self._policy.evict_save_timeout_ms / 1000,
+        )
+        self._barrier.open()
         self._admission = Admission(
-            self.pool, self.roster, guard=self.endings.guard, start=self.restorer.start
+            self.pool,
+            self.roster,
+            may_begin=self._barrier.may_begin,
+            guard=self.endings.guard,
+            start=self.restorer.start,
         )
 
     def _new_composer(self) -> TickComposer:
@@ -206,6 +224,7 @@ class Runner:
         self.restorer.settle_followers()
         computed = self.stepper.step()
         # After whatever sets sequences free, so that nobody waits for news.
+        self._barrier.proceed()
         admitted = self._admission.admit()
         self._let_settled()
         self._may_rest = not (computed or admitted)
@@ -265,6 +284,7 @@ class Runner:
 
     def shut_down(self) -> None:
         """Answer everybody, then save what there is. Who submits from now on is told at once."""
+        self._adapters.fail_all(EngineClosed(f"model {self.name!r} was closed"))
         self._drain(lambda: not self.inbox.is_empty)
         error = EngineClosed(f"model {self.name!r} was closed before the request ended")
         ran = self.endings.close_all(error)

@@ -17,9 +17,16 @@ import attrs
 from erllama_core import results
 from erllama_core.cache.policy import SavePolicy
 from erllama_core.cache.space import ModelSpace
-from erllama_core.errors import DecodeTimeout, EngineClosed, ModelLoadError, SeqCapacity
+from erllama_core.errors import (
+    DecodeTimeout,
+    EngineClosed,
+    ModelLoadError,
+    NotSupported,
+    SeqCapacity,
+)
 from erllama_core.interfaces.backend import BackendModel, Context, KVClass
 from erllama_core.interfaces.log import get_logger, log_unexpected
+from erllama_core.model.adapters import Adapters, AdapterTable
 from erllama_core.model.endings import as_erllama_error, close_sampler
 from erllama_core.model.explain import Finding, examine
 from erllama_core.model.request import Phase, Request
@@ -57,6 +64,7 @@ class Worker:
         model: BackendModel,
         open_space: Callable[[Context], ModelSpace],
         options: WorkerOptions,
+        adapters: Adapters = (),
     ) -> None:
         self.name: Final = name
         self._model: Final = model
@@ -65,6 +73,7 @@ class Worker:
         self._lock: Final = threading.Lock()
         self._accepts = True
         self._sessions: Final = SessionTable()
+        self._adapters: Final = AdapterTable(model, adapters)
         self._unfinished: Final[set[Request]] = set()
         self._asking: Final[set[threading.Event]] = set()
         """What callers wait for who had the worker do something."""
@@ -221,6 +230,30 @@ class Worker:
 
         self._ask(reset)
         return True
+
+    # --------------------------------------------------------------- adapters
+
+    @property
+    def adapters(self) -> Adapters:
+        """Those in effect. Waits for nobody."""
+        return self._adapters.current
+
+    def change_adapters(
+        self, apply: Callable[[Adapters], Adapters], timeout_s: float | None = None
+    ) -> None:
+        """Have other adapters from now on: requests that run end first, and others wait.
+
+        ``apply`` makes the new ones from those there are, and changes nothing else. Raises what
+        it raises, AdapterTimeout, what attaching them raises, EngineClosed.
+        """
+        if threading.current_thread() is self._thread:
+            raise NotSupported("a stream processor cannot change adapters: its own request runs")
+        with self._lock:
+            self._check_accepts()
+            change = self._adapters.ask(apply)
+            self._runner.inbox.post(_nothing)
+        # Whom it held up is let in when it is taken back.
+        self._adapters.wait(change, timeout_s, lambda: self._runner.inbox.post(_nothing))
 
     # ------------------------------------------------------------------ state
 
@@ -389,6 +422,7 @@ class Worker:
             self._model,
             self._options.policy,
             self._sessions,
+            adapters=self._adapters,
             resident_cells_max=self._options.resident_cells_max,
             ended=self._ended,
         )
@@ -425,6 +459,7 @@ class Worker:
                 before.inbox.bequeath(runner.inbox)
             if not self._accepts:
                 runner.inbox.post(Runner.stop)
+            runner.inbox.post(_nothing)  # so that it looks at what it was left
         self._opened.set()
         return True
 
@@ -463,6 +498,7 @@ class Worker:
             self._runners_alive -= 1
             last = not self._runners_alive and not self._accepts
         if last:
+            self._adapters.close()
             try:
                 self._model.close()
             except BaseException as error:  # noqa: BLE001 - a backend's own code
@@ -487,6 +523,7 @@ class Worker:
         error = EngineClosed(f"model {self.name!r} was closed before the request ended")
         for request in left:
             self._answer_lost(request, error)
+        self._adapters.fail_all(error)
         with self._lock:
             self._finished.set()
             for asking in self._asking:

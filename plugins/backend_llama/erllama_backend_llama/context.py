@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -9,6 +10,7 @@ from llama_cpp import llama_cpp
 
 from erllama_backend_llama import logits, native
 from erllama_backend_llama.abort import AbortFlag
+from erllama_backend_llama.adapter import LlamaAdapter
 from erllama_backend_llama.batch import Batch
 from erllama_backend_llama.context_params import cost_prior, native_params
 from erllama_backend_llama.kv_class import MemoryClass, Pools, claimed_class, prove
@@ -92,6 +94,8 @@ class LlamaContext:
             self._n_seq_max = n_seq_max
             self._lengths = [0] * n_seq_max
             self._outputs: list[int | None] = []
+            self.adapters: tuple[LlamaAdapter, ...] = ()
+            """Those that it computes with."""
             self._tainted: set[int] = set()
             """Sequences with cells that hold NaN, now or before they were dropped."""
             self._batch = Batch(n_batch=self._n_batch, n_seq=n_seq, n_vocab=n_vocab)
@@ -162,6 +166,29 @@ class LlamaContext:
         self._outputs = [
             output if row.logits else None for row, output in zip(rows, outputs, strict=True)
         ]
+
+    def set_adapters(self, adapters: Sequence[tuple[LlamaAdapter, float]]) -> None:
+        """Compute with these from now on, and try it. Raises ValueError while there are tokens.
+
+        The trial is also the step in which llama.cpp plans its graphs anew, and reads what
+        :class:`NativeLock` guards: whoever calls this holds that lock. Raises DecodeFailed.
+        """
+        context = self._open_context()
+        if any(self._lengths):
+            raise ValueError("adapters are changed while all sequences are empty")
+        natives, scales = None, None
+        if adapters:
+            kind = type(adapters[0][0].native)
+            natives = (kind * len(adapters))(*(adapter.native for adapter, _ in adapters))
+            scales = (ctypes.c_float * len(adapters))(*(scale for _, scale in adapters))
+        llama_cpp.llama_set_adapters_lora(context, natives, len(adapters), scales)
+        before, self.adapters = self.adapters, tuple(adapter for adapter, _ in adapters)
+        for adapter in self.adapters:
+            adapter.attached()
+        for adapter in before:
+            adapter.detached()
+        self.step([Row(0, 0, bytes(4), logits=True)])
+        self.drop(0)
 
     def abort(self) -> None:
         """End the running step at its next graph node. Any thread; on the CPU alone."""
@@ -350,6 +377,9 @@ class LlamaContext:
         if context is not None:
             self._outputs = []
             llama_cpp.llama_free(context)
+            for adapter in self.adapters:
+                adapter.detached()
+            self.adapters = ()
 
     # -------------------------------------------------------------- checks
 

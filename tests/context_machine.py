@@ -166,8 +166,7 @@ class ContextMachine(RuleBasedStateMachine):
     def room(self, seq: int, count: int) -> bool:
         used = sum(len(way.tokens) for way in self.ways)
         return (
-            len(self.ways[seq].tokens) + count <= _LONGEST
-            and used + count <= self.context.n_cells
+            len(self.ways[seq].tokens) + count <= _LONGEST and used + count <= self.context.n_cells
         )
 
     def snapshot(self, seq: int) -> bytes | None:

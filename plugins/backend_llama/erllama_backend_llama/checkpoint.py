@@ -126,7 +126,6 @@ class CheckpointRanges:
             self._state.read(scratch, data.data)
             item.into[:cells] = data[:cells].data
             item.into[cells:] = none
-        self._layout.disown(item.into)
 
     def restore(self, seq: int, length: int, ranges: Sequence[RangeImport]) -> None:
         """See the protocol. While a range is imported all of it, what lies behind ``stop`` too,

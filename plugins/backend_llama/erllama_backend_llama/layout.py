@@ -223,10 +223,6 @@ class BlobLayout:
             at += size
             to += part.bytes_of(length)
 
-    def disown(self, data: memoryview) -> None:
-        """Have a range say nothing of the sequence that it was exported through."""
-        _HEAD.pack_into(data, 0, self.magic, 0, 1)
-
     def zeros(self, tokens: int, into: Bytes) -> None:
         """Lay out a whole state of zeros in ``into``, which is all zero."""
         at = self._put_head(into, self.streams, tokens)

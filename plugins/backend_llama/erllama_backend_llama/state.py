@@ -28,6 +28,8 @@ from erllama_core.errors import StateRejected
 from erllama_core.interfaces.backend import RangeExport, RangeImport
 
 _BYTES: Final = ctypes.POINTER(ctypes.c_uint8)
+_SEQUENCE: Final = slice(4, 8)
+"""Where the head of an exported state names its sequence."""
 
 
 @attrs.frozen
@@ -79,7 +81,10 @@ class SequenceState:
         llama_cpp.llama_memory_seq_cp(self._memory, source, target, -1, -1)
 
     def read(self, seq: int, into: memoryview, *, rest: bool = False) -> None:
-        """Copy the state out. Raises StateRejected unless it fills ``into`` exactly."""
+        """Copy the state out, without the number of the sequence that it was in.
+
+        Raises StateRejected unless it fills ``into`` exactly.
+        """
         buffer = np.frombuffer(into, dtype=np.uint8)
         if not buffer.flags.writeable:
             raise ValueError("a state is exported into writable memory, got a read-only view")
@@ -90,6 +95,7 @@ class SequenceState:
             raise StateRejected(
                 f"llama.cpp exported {written} bytes of state where {buffer.size} were expected"
             )
+        buffer[_SEQUENCE] = 0  # llama.cpp does not look at it, and equal states are equal bytes
 
     def write(self, seq: int, data: memoryview, start: int | None, end: int) -> None:
         """Put exported state into the empty sequence ``seq``.

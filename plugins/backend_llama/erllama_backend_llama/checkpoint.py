@@ -70,17 +70,26 @@ class Rest:
     def write(self, seq: int, length: int, data: memoryview) -> None:
         """Put the rest on top of ``length`` attention cells. Raises StateRejected."""
         self._state.load(seq, data, rest=True)
-        first, last = self._state.positions(seq)
-        if last != length - 1:
-            raise StateRejected(
-                f"with this snapshot the sequence ends at position {last}, not {length - 1}"
-            )
-        if self._window and first > max(0, length - self._window + 1):
-            raise StateRejected(f"the snapshot's window begins at position {first} only")
+        problem = self.problem_at(seq, length)
+        if problem is not None:
+            raise StateRejected(f"with this snapshot {problem}")
         if self.size(seq) != data.nbytes:
             raise StateRejected(
                 f"the snapshot has {data.nbytes} bytes, but {self.size(seq)} once it was restored"
             )
+
+    def problem_at(self, seq: int, length: int) -> str | None:
+        """Why a sequence cannot go on from ``length`` tokens with the rest that it has."""
+        first, last = self._state.positions(seq)
+        if last != length - 1:
+            return f"the sequence ends at position {last}, not {length - 1}"
+        if not self._window:
+            # Of both parts' positions a hybrid memory tells the later first and the earlier last.
+            return None if first == last else f"its two parts end at {first} and {last}"
+        # The next token looks back to here. llama.cpp gives cells before it to whoever needs them.
+        if first > max(0, length - self._window + 1):
+            return f"the window begins at position {first} only"
+        return None
 
 
 class CheckpointRanges:
@@ -162,7 +171,7 @@ class CheckpointRanges:
                 self._rest.copy(source, target)
         except StateRejected:
             return False  # and the target is empty
-        if self._state.size(target) == self._state.size(source):
+        if self.can_stand_at(target, length) and not self._rest.problem_at(target, length):
             return True
         self._state.empty(target)
         return False

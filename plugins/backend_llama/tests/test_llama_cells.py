@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -19,7 +19,7 @@ class TestLlamaContext(ContextContract):
     # Batches of other shapes are rounded otherwise; another token's logits are off by 1 and more.
     rounding = 0.06
     flash_attn = False
-    archs: dict[KVClass, str] = {
+    archs: ClassVar[dict[KVClass, str]] = {
         KVClass.SPAN: "llama",
         KVClass.CHECKPOINT: "lfm2",
         KVClass.WHOLE: "mamba",

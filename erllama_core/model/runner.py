@@ -356,6 +356,7 @@ class Runner:
         """The sequence of a request is as far as anything but computing brings it."""
         if not request.was_preempted:
             self._last_hit = CacheHit(request.hit_kind, request.read)
+        self.saver.plan(request)
         if mark is None:
             return
         if not request.generates:
@@ -394,6 +395,7 @@ class Runner:
 
     def _end(self, request: Request) -> None:
         request.phase = Phase.ENDED
+        self.saver.let_go(request)
         close_sampler(request)
         self._ended(request)
 
@@ -538,6 +540,7 @@ class Runner:
         log.debug("request.preempted", request=request.id, tokens=request.computed)
         self.preemptions += 1
         self.saver.at_end(request, None, "evict")
+        self.saver.let_go(request)
         self._restorer.hand_over(request)
         self.active.remove(request)
         assert request.live is not None
@@ -587,6 +590,7 @@ class Runner:
             self._release(request)
         else:
             request.saved = request.tried = 0
+            self.saver.let_go(request)
             self._guard(request, self._restorer.start)
 
     def _sample(self, request: Request, row: int) -> None:

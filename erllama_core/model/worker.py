@@ -436,6 +436,7 @@ class Worker:
             "a step did not end, not even when it was aborted; the model goes on with a new context"
         )
         for request in list(runner.active):
+            runner.saver.let_go(request)
             self._answer_lost(request, error)
         self._sessions.unpin_all()
         with self._lock:

@@ -36,7 +36,7 @@ test: lint types
 	$(BIN)/pytest -m "not (crash or fuzz or soak)"
 
 fast: lint types
-	$(BIN)/pytest -m "not (crash or fuzz or soak or real_model)"
+	$(BIN)/pytest -m "not (crash or fuzz or soak or real_model or packaging)"
 
 long: setup
 	$(BIN)/pytest -m "crash or fuzz or soak"

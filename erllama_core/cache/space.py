@@ -13,13 +13,13 @@ from erllama_core.cache.cache import Cache
 from erllama_core.cache.discovery import wanted_after
 from erllama_core.cache.flow import Draft, Route, SaveBuffer
 from erllama_core.cache.gate import CostGate, Portion
-from erllama_core.cache.index import Copy, Entry
+from erllama_core.cache.index import Entry
 from erllama_core.cache.keys import ContextKeys, salted
 from erllama_core.cache.loader import Fetch
 from erllama_core.cache.lookup import Divergence, Finder, Match, entry_at
 from erllama_core.cache.marks import MARK_SIZE, encode_mark
 from erllama_core.cache.policy import WriteMode
-from erllama_core.cache.thinning import Held, superfluous
+from erllama_core.cache.thinning import thin
 from erllama_core.cache.tiers import TierStore
 from erllama_core.interfaces.backend import KVClass, Mark
 from erllama_core.interfaces.block import ObjectId, ObjectKind
@@ -335,46 +335,18 @@ class ModelSpace:
         With each goes the mark at its position. What is pinned, in use or on its way to a tier
         stays, and the last few do.
         """
-        removed: list[tuple[TierStore, Entry, Copy]] = []
         with self._catalog.lock:
-            found = list(self._finder.snapshots(keys, n))[::-1]
-            for store in self._tiers:
-                parts = [copies for entry in found if (copies := self._beside(store, entry))]
-                held = [self._held(store, copies) for copies in parts]
-                gone = superfluous(held, n, most_bytes)
-                for number in gone:
-                    for entry, copy in parts[number]:
-                        self._catalog.forget_copy(store, entry)
-                        removed.append((store, entry, copy))
-                if gone:
-                    self._catalog.counters.add("thinned", len(gone))
+            snapshots = list(self._finder.snapshots(keys, n))[::-1]
+            removed = [
+                (store, entry, copy)
+                for store in self._tiers
+                for entry, copy in thin(self._catalog, store, snapshots, n, most_bytes)
+            ]
         for store, entry, copy in removed:
             self._flow.delete_soon(store, entry.object_id)
             self._catalog.report(
                 "evicted", store, entry.object_id, copy.size_bytes, copy.save_reason
             )
-
-    def _beside(self, store: TierStore, snapshot: Entry) -> list[tuple[Entry, Copy]]:
-        """A tier's snapshot and its mark at that position; empty when it has no snapshot."""
-        copy = snapshot.copy_in(store)
-        if copy is None:
-            return []
-        of = ObjectId(ObjectKind.LOGITS, snapshot.end, snapshot.object_id.key)
-        mark = self._catalog.index.get(of)
-        beside = None if mark is None else mark.copy_in(store)
-        if mark is None or beside is None:
-            return [(snapshot, copy)]
-        return [(snapshot, copy), (mark, beside)]
-
-    def _held(self, store: TierStore, parts: list[tuple[Entry, Copy]]) -> Held:
-        pins = self._catalog.pins[store]
-        stays = any(copy.users or entry.writing or pins.protects(entry) for entry, copy in parts)
-        return Held(
-            parts[0][0].end,
-            sum(copy.size_bytes for _, copy in parts),
-            max(copy.hits for _, copy in parts),
-            may_go=not stays,
-        )
 
     def make_durable(self, keys: ContextKeys, n: int) -> None:
         """Have a tier that lasts keep the first ``n`` tokens' state, so that no power cut takes it.

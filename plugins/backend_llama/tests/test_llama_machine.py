@@ -45,7 +45,7 @@ def aborting() -> Iterator[None]:
     decode = llama_cpp.llama_decode
 
     def late(context: Any, batch: Any) -> int:
-        half = llama_cpp.llama_batch.from_buffer_copy(batch)
+        half: Any = llama_cpp.llama_batch.from_buffer_copy(batch)
         half.n_tokens //= 2
         half.logits = None
         assert decode(context, half) == 0

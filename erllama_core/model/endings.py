@@ -224,6 +224,7 @@ class Endings:
 
     def _end(self, request: Request) -> None:
         request.phase = Phase.ENDED
+        self._saver.let_go(request)
         close_sampler(request)
         self._ended(request)
 

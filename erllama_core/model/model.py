@@ -22,7 +22,7 @@ from erllama_core.errors import (
     NotSupported,
     PromptTooLong,
 )
-from erllama_core.interfaces.backend import BackendModel, Context, Embeds, Quantisation
+from erllama_core.interfaces.backend import BackendModel, Context, Embeds, KVClass, Quantisation
 from erllama_core.interfaces.log import get_logger
 from erllama_core.interfaces.markers import ThinkingMarkers, ToolCallMarkers
 from erllama_core.interfaces.stream import ProcessorRequest, RunningSignature
@@ -37,6 +37,7 @@ from erllama_core.model.adapters import (
     scaled,
 )
 from erllama_core.model.chat import render_chat
+from erllama_core.model.chat_opening import with_opening
 from erllama_core.model.explain import explain
 from erllama_core.model.options import ReplyKwargs, RequestKwargs, RequestOptions
 from erllama_core.model.request import Request
@@ -417,15 +418,19 @@ class Model:
         ``variables`` reach the template by name. Raises TemplateError.
         """
         self._check_open()
-        return render_chat(
+        render = functools.partial(
+            render_chat,
             self._backend.vocabulary,
             self._parts.chat_template,
             messages,
             tools=tools,
             documents=documents,
-            add_generation_prompt=add_generation_prompt,
             variables=variables,
         )
+        prompt = render(add_generation_prompt=add_generation_prompt)
+        if not add_generation_prompt or self._parts.context.kv_class is KVClass.SPAN:
+            return prompt
+        return with_opening(prompt, lambda: render(add_generation_prompt=False))
 
     def embed(self, prompt: PromptLike) -> list[float]:
         """One vector for a text. Raises NotSupported when the backend makes none."""

@@ -14,6 +14,7 @@ from erllama_core.interfaces.log import get_logger
 from erllama_core.interfaces.stream import Done, Event
 from erllama_core.model.explain import Finding
 from erllama_core.model.options import RequestOptions
+from erllama_core.model.snapshots import SnapshotQueue
 from erllama_core.prompt import Prompt, unpack
 from erllama_core.results import (
     CacheDelta,
@@ -73,6 +74,8 @@ class Request:
         self._on_answer: Final = on_answer
         self.options: Final = options
         self.prompt_tokens = len(prompt)
+        self.opening_tokens: Final = prompt.opening_tokens
+        """Tokens at the prompt's end that open the reply; 0: not known."""
         self.may_respell: Final = prompt.text is not None
         """Whether its text is what was meant, so that other tokens of that text do as well."""
         self.respelt = False
@@ -119,6 +122,8 @@ class Request:
         """Tokens whose state the sequence holds."""
         self.saved = 0
         """Tokens whose state is stored, counted from the start without a gap."""
+        self.snapshots: Final = SnapshotQueue()
+        """For models whose state cannot be cut."""
         self.tried = 0
         """Tokens up to which a save was tried last, while the reply grows."""
         self.drops = 0

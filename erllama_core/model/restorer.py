@@ -195,8 +195,6 @@ class Restorer:
 
     def _leader(self, request: Request) -> tuple[Request | None, int]:
         """The running request that is going to compute most of this one's next tokens."""
-        if self._context.kv_class is KVClass.WHOLE:
-            return None, 0
         best: Request | None = None
         most = 0
         assert request.keys is not None

@@ -145,6 +145,7 @@ class Stepper:
         )
         self.preemptions += 1
         self._saver.at_end(request, None, "evict")
+        self._saver.let_go(request)
         live = request.live
         assert live is not None
         self._roster.suspend(request)
@@ -192,6 +193,7 @@ class Stepper:
         if request.phase is Phase.CLOSING:
             self._endings.release(request)
         else:
+            self._saver.let_go(request)
             request.saved = request.tried = 0
             self._endings.guard(request, self._restorer.start)
 
@@ -199,6 +201,7 @@ class Stepper:
 
     def restored(self, request: Request, mark: Mark | None) -> None:
         """The sequence of a request is as far as anything but computing brings it."""
+        self._saver.plan(request)
         if mark is None:
             return
         if not request.generates:

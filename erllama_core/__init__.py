@@ -9,7 +9,7 @@ from erllama_core.cache.policy import SavePolicy
 from erllama_core.cache.report import Row, Usage
 from erllama_core.cache.tiers import NamedTier
 from erllama_core.config import EngineConfig, ModelConfig, TierConfig, load_config
-from erllama_core.engine import AsyncEngine, Engine, open_tier
+from erllama_core.engine import AsyncEngine, Engine, Reloaded, open_tier
 from erllama_core.host import PluginHost
 from erllama_core.interfaces.stream import (
     Done,
@@ -56,6 +56,7 @@ __all__ = [
     "Pinned",
     "PluginHost",
     "Prompt",
+    "Reloaded",
     "Row",
     "SavePolicy",
     "Stats",

@@ -37,6 +37,7 @@
     └── CacheError
         ├── TierError                     a tier could not read or write
         │   └── TierFull                  its quota or its device is full
+        ├── MemoryBudgetExceeded (MemoryError)  the engine's memory budget has no room
         ├── CorruptBlock                  a stored object is not what it claims
         │   └── UnknownFormat             it is of a format version that is not read here
         └── BlockNotFound (LookupError)   the object is not in that tier
@@ -283,6 +284,10 @@ class TierError(CacheError):
 
 class TierFull(TierError):
     """The tier's quota, or the device below it, has no room for the object."""
+
+
+class MemoryBudgetExceeded(CacheError, MemoryError):
+    """The engine's ``memory_budget_bytes`` has no room for it; nothing was allocated."""
 
 
 class CorruptBlock(CacheError):

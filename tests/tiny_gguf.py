@@ -100,9 +100,17 @@ class _Weights:
         return np.random.default_rng(np.frombuffer(digest, dtype=np.uint64))
 
     def matrix(
-        self, name: str, ne0: int, ne1: int, gain: float = 1.0, dtype: type[Any] = np.float16
+        self,
+        name: str,
+        ne0: int,
+        ne1: int,
+        gain: float = 1.0,
+        dtype: type[Any] = np.float16,
+        keep: Sequence[bool] | None = None,
     ) -> None:
         values = self._rng(name).standard_normal((ne1, ne0)) * (gain / np.sqrt(ne0))
+        if keep is not None:
+            values *= np.array(keep)[:, None]
         self.writer.add_tensor(name, values.astype(dtype))
 
     def vector(self, name: str, n: int, mean: float = 1.0, std: float = 0.1) -> None:
@@ -162,6 +170,10 @@ def _vocabulary(tag_type: int) -> list[tuple[str, int]]:
     while len(tokens) % 32:
         tokens.append((f"<|unused{len(tokens)}|>", _CONTROL))
     return tokens
+
+
+def _is_ascii(text: str, kind: int) -> bool:
+    return kind == _NORMAL and all(" " < char <= "~" or char == "\u0120" for char in text)
 
 
 def _add_tokenizer(w: GGUFWriter, vocabulary: Sequence[tuple[str, int]], *, add_bos: bool) -> None:
@@ -341,6 +353,7 @@ def write_tiny_gguf(
     tags: Literal["control", "user"] = "control",
     add_bos: bool = False,
     tied: bool = False,
+    says_ascii: bool = False,
 ) -> Path:
     """Write a model of ``arch`` (0.4 to 1.4 MB) and return its path.
 
@@ -349,6 +362,8 @@ def write_tiny_gguf(
     ``head_dim``: width of llama's attention heads. ``tags``: whether ``<think>`` and its like
     are control tokens or user-defined ones. ``add_bos``: whether the model asks for a BOS.
     ``tied``: the matrix that reads tokens also makes the logits.
+    ``says_ascii``: the logits of all other tokens than printable ASCII are zero, far from the 40
+    largest: random weights would say bytes that are no text, and none that survives a rendering.
     """
     vocabulary = _vocabulary(_USER_DEFINED if tags == "user" else _CONTROL)
     shape = _Shape(
@@ -368,7 +383,13 @@ def write_tiny_gguf(
     d = _BUILDERS[arch](writer, weights, shape)
     weights.matrix("token_embd.weight", d, shape.n_vocab, float(np.sqrt(d)))
     if not tied:
-        weights.matrix("output.weight", d, shape.n_vocab, 3.0)
+        weights.matrix(
+            "output.weight",
+            d,
+            shape.n_vocab,
+            3.0,
+            keep=[_is_ascii(*token) for token in vocabulary] if says_ascii else None,
+        )
     norm = "token_embd_norm.weight" if arch == "lfm2" else "output_norm.weight"
     weights.vector(norm, d)
     writer.write_header_to_file()

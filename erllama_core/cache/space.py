@@ -19,6 +19,7 @@ from erllama_core.cache.loader import Fetch
 from erllama_core.cache.lookup import Divergence, Finder, Match, entry_at
 from erllama_core.cache.marks import MARK_SIZE, encode_mark
 from erllama_core.cache.policy import WriteMode
+from erllama_core.cache.thinning import thin
 from erllama_core.cache.tiers import TierStore
 from erllama_core.interfaces.backend import KVClass, Mark
 from erllama_core.interfaces.block import ObjectId, ObjectKind
@@ -341,16 +342,33 @@ class ModelSpace:
             buffer.view[:] = payload
             self._submit(ObjectKind.LOGITS, keys, position, position, buffer, reason)
 
+    def thin_snapshots(self, keys: ContextKeys, n: int, most_bytes: int) -> None:
+        """Have the snapshots along the first ``n`` tokens take ``most_bytes`` in each tier.
+
+        With each goes the mark at its position. What is pinned, in use or on its way to a tier
+        stays, and the last few do.
+        """
+        with self._catalog.lock:
+            snapshots = list(self._finder.snapshots(keys, n))[::-1]
+            removed = [
+                (store, entry, copy)
+                for store in self._tiers
+                for entry, copy in thin(self._catalog, store, snapshots, n, most_bytes)
+            ]
+        for store, entry, copy in removed:
+            self._flow.delete_soon(store, entry.object_id)
+            self._catalog.report(
+                "evicted", store, entry.object_id, copy.size_bytes, copy.save_reason
+            )
+
     def make_durable(self, keys: ContextKeys, n: int) -> None:
         """Have a tier that lasts keep the first ``n`` tokens' state, so that no power cut takes it.
 
         For a context that is finished, whose beginning was saved before that was known.
         """
         with self._catalog.lock:
-            entries = []
-            if self.kv_class is not KVClass.WHOLE:
-                _, pieces = self._finder.chain(keys, n)
-                entries += [piece.entry for piece in pieces]
+            _, pieces = self._finder.chain(keys, n)
+            entries = [piece.entry for piece in pieces]
             for kind in (ObjectKind.SNAPSHOT, ObjectKind.LOGITS):
                 entry = self._catalog.index.get(ObjectId(kind, n, keys.key(n)))
                 if entry is not None:
@@ -386,7 +404,7 @@ class ModelSpace:
         absorbs: Entry | None = None,
     ) -> None:
         after = self._block_before(keys, start)
-        if after is None and start and self.kv_class is not KVClass.WHOLE:
+        if after is None and start:
             self._flow.forgo(buffer)  # what it goes on from was evicted meanwhile
             self._catalog.counters.add("saves_dropped")
             return
@@ -402,7 +420,7 @@ class ModelSpace:
 
     def _block_before(self, keys: ContextKeys, position: int) -> Entry | None:
         """The block that covers the token before ``position``."""
-        if not position or self.kv_class is KVClass.WHOLE:
+        if not position:
             return None
         with self._catalog.lock:
             covered, pieces = self._finder.chain(keys, position, keys.segment_start(position))

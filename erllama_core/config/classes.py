@@ -20,6 +20,7 @@ from erllama_core.config.structuring import dotted, structure_nested, structure_
 from erllama_core.errors import ConfigError, ConfigProblem, nearest
 from erllama_core.interfaces.backend import ContextOptions
 from erllama_core.interfaces.markers import ThinkingMarkers, ToolCallMarkers
+from erllama_core.pressure.thresholds import Thresholds
 from erllama_core.providers import ByteSize
 
 Problem = tuple[str, str]
@@ -69,12 +70,16 @@ class EngineSettings:
     """A file with the key that thinking is signed with."""
     thinking_signing_key_env: str | None = None
     """The environment variable with that key."""
+    memory_budget_bytes: ByteSize | None = None
+    """Memory that models, state and buffers may take together. None: no bound."""
 
     def problems(self) -> list[Problem]:
         """What is wrong with the values; empty when nothing is."""
-        if self.thinking_signing_key_file is None or self.thinking_signing_key_env is None:
-            return []
-        return [("thinking_signing_key_env", "there is a thinking_signing_key_file too; give one")]
+        found = _too_small(self, memory_budget_bytes=1)
+        if self.thinking_signing_key_file is not None and self.thinking_signing_key_env is not None:
+            message = "there is a thinking_signing_key_file too; give one"
+            found.append(("thinking_signing_key_env", message))
+        return found
 
 
 @attrs.frozen(kw_only=True)
@@ -85,6 +90,16 @@ class PluginsConfig:
     """Load these alone. None: all that are installed."""
     block: tuple[str, ...] = ()
     """Leave these out, even if they are allowed."""
+
+
+@attrs.frozen(kw_only=True)
+class LoggingConfig:
+    """``[logging]``: for ``erllama run``, and :func:`erllama_core.logs.configure_logging`."""
+
+    level: Literal["debug", "info", "warning", "error"] = "warning"
+    """Events below it are left out."""
+    format: Literal["auto", "text", "json"] = "auto"
+    """``"auto"``: text on a terminal, JSON elsewhere."""
 
 
 @attrs.frozen(kw_only=True)
@@ -284,15 +299,16 @@ class PressureConfig:
     source_options: Mapping[str, Mapping[str, Any]] = attrs.field(factory=dict)
     """``[pressure.<source>]`` tables; each is structured by its source's own class."""
 
+    @property
+    def thresholds(self) -> Thresholds:
+        """What the monitor goes by, and what can be changed while it runs."""
+        return Thresholds(
+            **{field.name: getattr(self, field.name) for field in attrs.fields(Thresholds)}
+        )
+
     def problems(self) -> list[Problem]:
         """What is wrong with the values; empty when nothing is."""
-        found = _too_small(self, interval_ms=1)
-        for name in ("high_watermark", "low_watermark"):
-            if not 0.0 < getattr(self, name) <= 1.0:
-                found.append((name, f"{getattr(self, name)} is not above 0 and at most 1"))
-        if not found and self.low_watermark >= self.high_watermark:
-            message = f"{self.low_watermark} is not below high_watermark ({self.high_watermark})"
-            found.append(("low_watermark", message))
+        found = self.thresholds.problems()
         if not self.source:
             found.append(("source", "empty; at least one name"))
         return found + _name_problems("source", self.source)
@@ -309,6 +325,7 @@ class EngineConfig:
     """Always has a tier named ``"ram"``; one of kind ``"ram"`` when none was given."""
     models: Mapping[str, ModelConfig] = attrs.field(factory=dict)
     pressure: PressureConfig = attrs.field(factory=PressureConfig)
+    logging: LoggingConfig = attrs.field(factory=LoggingConfig)
 
     def policy_for(self, model: ModelConfig) -> SavePolicy:
         """The model's save policy: ``[cache]`` with the model's own fields over it.

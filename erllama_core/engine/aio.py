@@ -8,7 +8,8 @@ import weakref
 from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, Unpack
 
-from erllama_core.config import ModelConfig
+from erllama_core.config import EngineConfig, ModelConfig
+from erllama_core.engine.reload_plan import Reloaded
 from erllama_core.errors import EngineClosed
 from erllama_core.model.model import Model, ModelRef, PromptLike
 from erllama_core.model.options import ReplyKwargs, RequestKwargs
@@ -17,7 +18,7 @@ from erllama_core.results import AdapterInfo, CacheKey, Completion, Prefill
 from erllama_core.stream.stream import Stream
 
 if TYPE_CHECKING:
-    from erllama_core.engine.engine import Engine
+    from erllama_core.engine.engine import ConfigSource, Engine
 
 
 class AsyncEngine:
@@ -157,6 +158,10 @@ class AsyncEngine:
     async def flush(self, timeout_s: float | None = None) -> bool:
         """See :meth:`Engine.flush`."""
         return await asyncio.to_thread(self._sync.flush, timeout_s)
+
+    async def reload(self, source: ConfigSource | EngineConfig | None = None) -> Reloaded:
+        """See :meth:`Engine.reload`."""
+        return await asyncio.to_thread(self._sync.reload, source)
 
     async def close(self) -> None:
         """See :meth:`Engine.close`."""

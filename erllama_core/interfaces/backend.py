@@ -63,6 +63,23 @@ class BackendRequest:
     context: ContextOptions
 
 
+@attrs.frozen(kw_only=True)
+class MemoryEstimate:
+    """What a model is going to take of the host's memory; what lies on devices is not in it."""
+
+    weights_bytes: int = 0
+    """Of a mapped file too: the model is slow while they are not in memory."""
+    kv_bytes: int = 0
+    """KV cells and recurrent states of all sequences."""
+    compute_bytes: int = 0
+    """Buffers of a step."""
+
+    @property
+    def total_bytes(self) -> int:
+        """All of it."""
+        return self.weights_bytes + self.kv_bytes + self.compute_bytes
+
+
 # --------------------------------------------------------------- vocabulary
 
 

@@ -11,7 +11,9 @@ from typing import Any, Final, Unpack
 
 import attrs
 
+from erllama_core.cache.budget import Hold
 from erllama_core.cache.cache import Cache
+from erllama_core.cache.policy import SavePolicy
 from erllama_core.errors import (
     CacheError,
     EngineClosed,
@@ -20,7 +22,7 @@ from erllama_core.errors import (
     NotSupported,
     PromptTooLong,
 )
-from erllama_core.interfaces.backend import BackendModel, Context, Embeds, Quantisation
+from erllama_core.interfaces.backend import BackendModel, Context, Embeds, KVClass, Quantisation
 from erllama_core.interfaces.log import get_logger
 from erllama_core.interfaces.markers import ThinkingMarkers, ToolCallMarkers
 from erllama_core.interfaces.stream import ProcessorRequest, RunningSignature
@@ -35,6 +37,7 @@ from erllama_core.model.adapters import (
     scaled,
 )
 from erllama_core.model.chat import render_chat
+from erllama_core.model.chat_opening import with_opening
 from erllama_core.model.explain import explain
 from erllama_core.model.options import ReplyKwargs, RequestKwargs, RequestOptions
 from erllama_core.model.request import Request
@@ -97,12 +100,15 @@ class ModelParts:
 class Model:
     """Weights, a context and its worker, under an id. Thread-safe."""
 
-    def __init__(self, parts: ModelParts, unload: Callable[[Model], None]) -> None:
+    def __init__(
+        self, parts: ModelParts, unload: Callable[[Model], None], memory: Hold | None = None
+    ) -> None:
         self.id: Final = parts.id
         self._parts: Final = parts
         self._backend: Final = parts.backend
         self._worker: Final = parts.worker
         self._unload: Final = unload
+        self._memory: Final = memory
         self._closed = False
         self._pid: Final = os.getpid()
 
@@ -236,6 +242,7 @@ class Model:
             next(_request_ids),
             prompt,
             options,
+            model=self.id,
             context_size=limit,
             sampler=self._backend.new_sampler(options.sampling(), prompt.packed),
             pipeline=pipeline,
@@ -411,15 +418,19 @@ class Model:
         ``variables`` reach the template by name. Raises TemplateError.
         """
         self._check_open()
-        return render_chat(
+        render = functools.partial(
+            render_chat,
             self._backend.vocabulary,
             self._parts.chat_template,
             messages,
             tools=tools,
             documents=documents,
-            add_generation_prompt=add_generation_prompt,
             variables=variables,
         )
+        prompt = render(add_generation_prompt=add_generation_prompt)
+        if not add_generation_prompt or self._parts.context.kv_class is KVClass.SPAN:
+            return prompt
+        return with_opening(prompt, lambda: render(add_generation_prompt=False))
 
     def embed(self, prompt: PromptLike) -> list[float]:
         """One vector for a text. Raises NotSupported when the backend makes none."""
@@ -476,6 +487,26 @@ class Model:
         """Wait until answered requests have handed their state over; False when time ran out."""
         return self._worker.settle(timeout_s)
 
+    def set_policy(self, policy: SavePolicy) -> None:
+        """Go by another save policy, from the next step on; for the engine.
+
+        Of :data:`LIVE_POLICY` alone: the others must be what they were.
+        """
+        self._worker.set_policy(policy)
+
+    def drop_residents(self, timeout_s: float = 0.0) -> int:
+        """Have idle sequences give back their cells, saved first; how many did in that time."""
+        return self._worker.drop_residents(timeout_s)
+
+    @property
+    def last_used_s(self) -> float:
+        """When a request came or ended last, or it was loaded; on the monotonic clock."""
+        return self._worker.last_used_s
+
+    def stop_if_idle(self) -> bool:
+        """Take no more requests, if none runs or waits; for the engine, which closes it then."""
+        return self._worker.stop_if_idle()
+
     def unload(self) -> None:
         """End its requests with EngineClosed and free it. Idempotent."""
         self._unload(self)
@@ -484,6 +515,8 @@ class Model:
         """What :meth:`unload` does, without telling the engine; for the engine. Idempotent."""
         self._closed = True
         self._worker.close()
+        if self._memory is not None:
+            self._memory.release()
 
     def _check_open(self) -> None:
         if self._closed:

@@ -13,7 +13,7 @@ from erllama_core.cache.space import ModelSpace
 from erllama_core.errors import EngineClosed, EngineReset
 from erllama_core.interfaces.backend import BackendModel, Context
 from erllama_core.interfaces.block import TOKEN_BYTES
-from erllama_core.interfaces.log import get_logger
+from erllama_core.interfaces.log import get_logger, log_unexpected
 from erllama_core.model.adapters import AdapterTable, Barrier
 from erllama_core.model.admission import Admission
 from erllama_core.model.endings import Endings
@@ -56,7 +56,7 @@ class Runner:
     ) -> None:
         self.name: Final = name
         self._model: Final = model
-        self._policy: Final = policy
+        self._policy = policy
         self._sessions: Final = sessions
         self._adapters: Final = adapters
         self._resident_cells_max: Final = resident_cells_max
@@ -94,6 +94,12 @@ class Runner:
         """Save what running requests have computed; they go on."""
         for request in self.roster.active:
             self.saver.at_end(request, None, "evict")
+
+    def set_policy(self, policy: SavePolicy) -> None:
+        """Go by another policy from the next tick on, in what the space does not know."""
+        self._policy = policy
+        self.saver.set_policy(policy)
+        self.stepper.set_composer(self._new_composer())
 
     def end_session(self, session: Session) -> None:
         """Its sequence is like any other from now on."""
@@ -175,9 +181,7 @@ class Runner:
             self.roster,
             self.restorer,
             self.endings,
-            TickComposer(
-                context.n_batch, self._policy.prefill_chunk_size, self._policy.stall_target_ms
-            ),
+            self._new_composer(),
             self.watch,
         )
         self._barrier = Barrier(
@@ -197,6 +201,10 @@ class Runner:
             guard=self.endings.guard,
             start=self.restorer.start,
         )
+
+    def _new_composer(self) -> TickComposer:
+        policy = self._policy
+        return TickComposer(self.context.n_batch, policy.prefill_chunk_size, policy.stall_target_ms)
 
     def close_context(self) -> None:
         """Free the context, if it was opened."""
@@ -300,5 +308,5 @@ class Runner:
                 return
             try:
                 message(self)
-            except Exception:
-                log.exception("worker.message_failed", model=self.name)
+            except Exception as error:  # noqa: BLE001 - the others are still to be done
+                log_unexpected(log, "worker.message_failed", error, model=self.name)

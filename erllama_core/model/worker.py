@@ -25,7 +25,7 @@ from erllama_core.errors import (
     SeqCapacity,
 )
 from erllama_core.interfaces.backend import BackendModel, Context, KVClass
-from erllama_core.interfaces.log import get_logger
+from erllama_core.interfaces.log import get_logger, log_unexpected
 from erllama_core.model.adapters import Adapters, AdapterTable
 from erllama_core.model.endings import as_erllama_error, close_sampler
 from erllama_core.model.explain import Finding, examine
@@ -69,7 +69,7 @@ class Worker:
         self.name: Final = name
         self._model: Final = model
         self._open_space: Final = open_space
-        self._options: Final = options
+        self._options = options
         self._lock: Final = threading.Lock()
         self._accepts = True
         self._sessions: Final = SessionTable()
@@ -91,6 +91,8 @@ class Worker:
         """Requests that runners preempted that are no more."""
         self.quarantined = 0
         """Contexts that were given up because a native call in them did not come back."""
+        self.last_used_s = time.monotonic()
+        """When a request came or ended last, on the monotonic clock."""
 
     # ------------------------------------------------------------------ life
 
@@ -152,6 +154,7 @@ class Worker:
                     request.options.session_id, request, goes_on_from
                 )
             self._unfinished.add(request)
+            self.last_used_s = time.monotonic()
             self._runner.inbox.post(lambda runner: runner.roster.enter(request))
 
     def _check_accepts(self) -> None:
@@ -171,6 +174,7 @@ class Worker:
         """A request is over. On the worker's thread."""
         with self._lock:
             self._unfinished.discard(request)
+            self.last_used_s = time.monotonic()
 
     def cancel(self, request: Request) -> None:
         """End a request at its next token; nothing happens when it has ended.
@@ -280,9 +284,41 @@ class Worker:
         self._ask(save, timeout_s)
         return saved and self._space.wait_written(max(0.0, deadline - time.monotonic()))
 
-    def drop_residents(self) -> None:
-        """Have idle sequences give back their cells; their state is saved first."""
-        self._runner.inbox.post(lambda runner: runner.pool.drop_all_idle())
+    def set_policy(self, policy: SavePolicy) -> None:
+        """Go by another policy, from the next tick on.
+
+        What of it makes state incompatible, or decides which tiers get it, must be as it was.
+        """
+        with self._lock:
+            self._options = attrs.evolve(self._options, policy=policy)
+            self._runner.inbox.post(lambda runner: runner.set_policy(policy))
+
+    def drop_residents(self, timeout_s: float = 0.0) -> int:
+        """Have idle sequences give back their cells; their state is saved first.
+
+        How many did within ``timeout_s``: a worker that is in the middle of a step, or closed,
+        gives 0, and drops them later.
+        """
+        dropped = 0
+
+        def drop(runner: Runner, done: threading.Event) -> None:
+            nonlocal dropped
+            dropped = runner.pool.drop_all_idle()
+            done.set()
+
+        self._ask(drop, timeout_s)
+        return dropped
+
+    def stop_if_idle(self) -> bool:
+        """Take no more requests, if none runs or waits; False, and nothing changed, if one does.
+
+        To be closed then.
+        """
+        with self._lock:
+            if self._unfinished or not self._accepts:
+                return False
+            self._accepts = False
+            return True
 
     def _ask(
         self, act: Callable[[Runner, threading.Event], None], timeout_s: float | None = None
@@ -434,8 +470,8 @@ class Worker:
         except Abandoned:
             log.warning("context.came_back", model=self.name)
             return None
-        except BaseException as error:
-            log.exception("context.lost", model=self.name)
+        except BaseException as error:  # noqa: BLE001 - a backend's own code
+            log_unexpected(log, "context.lost", error, model=self.name)
             failure = as_erllama_error(error, f"the worker of model {self.name!r} failed")
             runner.lose(failure)
             with self._lock:
@@ -448,16 +484,16 @@ class Worker:
             self._accepts = False
         try:
             runner.shut_down()
-        except BaseException:
-            log.exception("worker.not_shut_down", model=self.name)
+        except BaseException as error:  # noqa: BLE001 - a backend's own code
+            log_unexpected(log, "worker.not_shut_down", error, model=self.name)
         return None
 
     def _free(self, runner: Runner, heir: Runner | None) -> None:
         """The context first, then the weights under it, when no other stands on them."""
         try:
             runner.close_context()
-        except BaseException:
-            log.exception("model.not_freed", model=self.name)
+        except BaseException as error:  # noqa: BLE001 - a backend's own code
+            log_unexpected(log, "model.not_freed", error, model=self.name)
         with self._lock:
             self._runners_alive -= 1
             last = not self._runners_alive and not self._accepts
@@ -465,8 +501,8 @@ class Worker:
             self._adapters.close()
             try:
                 self._model.close()
-            except BaseException:
-                log.exception("model.not_freed", model=self.name)
+            except BaseException as error:  # noqa: BLE001 - a backend's own code
+                log_unexpected(log, "model.not_freed", error, model=self.name)
         if heir is None and not runner.watch.is_abandoned:
             self._finish()
 
@@ -511,8 +547,8 @@ class Worker:
             runner = self._runner
             try:
                 given_up = runner.watch.check(budget_s, runner.context.abort)
-            except Exception:
-                log.exception("step.not_aborted", model=self.name)
+            except Exception as error:  # noqa: BLE001 - a backend's own code
+                log_unexpected(log, "step.not_aborted", error, model=self.name)
             else:
                 if given_up:
                     self._quarantine(runner)
@@ -523,7 +559,8 @@ class Worker:
         Those whose tokens it computes are told; those who wait are served by another runner.
         """
         self.quarantined += 1
-        log.error("context.quarantined", model=self.name, requests=len(runner.roster.active))
+        requests = [request.id for request in list(runner.roster.active)]
+        log.error("context.quarantined", model=self.name, requests=requests)
         error = DecodeTimeout(
             "a step did not end, not even when it was aborted; the model goes on with a new context"
         )

@@ -69,7 +69,7 @@ def load_model(request: BackendRequest) -> LlamaModel:
     check_options(request.context)
     tensors = check_model(request.model_path)
     native.start()
-    params, _kept = _model_params(options)
+    params, _kept = model_params(options)
     with native.collect_log() as lines:
         model = llama_cpp.llama_model_load_from_file(os.fsencode(request.model_path), params)
     if not model:
@@ -188,7 +188,7 @@ class LlamaModel:
                 adapter.gone()
 
 
-def _model_params(options: LlamaOptions) -> tuple[Any, Any]:
+def model_params(options: LlamaOptions) -> tuple[Any, Any]:
     """``struct llama_model_params``, and what must stay alive while it is used."""
     params = llama_cpp.llama_model_default_params()
     params.n_gpu_layers = options.n_gpu_layers

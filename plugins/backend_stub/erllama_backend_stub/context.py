@@ -289,6 +289,8 @@ class StubContext:
                 f"{length} tokens of sequence {source}, which has {len(giver)}, cannot be shared "
                 f"with sequence {target}, which has {len(taker)}"
             )
+        if self.kv_class is KVClass.CHECKPOINT and giver.state is None:
+            raise StateRejected(f"sequence {source} has ranges, but no state to share")
         if self.kv_class is not KVClass.SPAN and length != len(giver):
             return False
         taker.share(giver, length)

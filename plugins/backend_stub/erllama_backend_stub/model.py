@@ -25,6 +25,7 @@ from erllama_core.interfaces.backend import (
     Context,
     ContextOptions,
     Identity,
+    MemoryEstimate,
     PackedTokens,
     Quantisation,
     SamplingParams,
@@ -54,6 +55,13 @@ def open_model(request: BackendRequest) -> StubModel:
     except ValueError as error:
         raise ModelLoadError("the stub's script cannot be played", reason=str(error)) from error
     return StubModel(options, request.context, script)
+
+
+def estimate_memory(request: BackendRequest) -> MemoryEstimate:
+    """The provider's estimate: the cells of :func:`open_model`'s context."""
+    context = request.context
+    n_cells = context.n_ctx * (1 if context.kv_unified else context.n_seq_max)
+    return MemoryEstimate(kv_bytes=n_cells * request.options.cell_bytes)
 
 
 class StubModel:

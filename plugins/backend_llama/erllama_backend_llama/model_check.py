@@ -140,10 +140,8 @@ def _experts(said: _Said) -> Iterator[str]:
         return  # of a type that llama.cpp refuses
     if experts <= 1 and said.architecture in {"hunyuan_vl", "hunyuan-dense"}:
         return
-    groups, used_groups = (
-        said.number("expert_group_count") or 0,
-        said.number("expert_group_used_count"),
-    )
+    groups = said.number("expert_group_count") or 0
+    used_groups = said.number("expert_group_used_count")
     name = said.name("expert_count")
     if not 0 <= experts <= _MOST_EXPERTS:
         yield f"{name} is {experts}; {_MOST_EXPERTS} is the most"

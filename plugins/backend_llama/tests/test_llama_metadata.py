@@ -166,8 +166,8 @@ def _variants(entry: Entry, choice: random.Random) -> Iterator[Entry | None]:
             yield Entry(kind, min(number, 2**32 - 1))
         yield Entry("array u32", [value] * choice.randrange(6))
     elif kind == "f32":
-        for number in (0.0, -1.0, NAN, float("inf"), -float("inf"), 1e-45, 1e30, value * 2):
-            yield Entry(kind, number)
+        for real in (0.0, -1.0, NAN, float("inf"), -float("inf"), 1e-45, 1e30, value * 2):
+            yield Entry(kind, real)
     elif kind == "bool":
         yield Entry(kind, not value)
     elif kind == "string":

@@ -158,11 +158,16 @@ class GgufFile:
         for each of 150,000 tokens would take as long as loading them.
         """
         with self._path.open("rb") as file:
-            header = file.read(_data_offset(self._handle))
+            header = file.read(self.data_offset)
         try:
             return _texts(header, key.encode())
         except (struct.error, IndexError, KeyError) as error:
             raise NotGguf("the file was changed while it was read") from error
+
+    @property
+    def data_offset(self) -> int:
+        """Where the tensors' data begins, bytes."""
+        return int(_data_offset(self._handle))
 
     def tensors(self) -> dict[str, Tensor]:
         """All records, by name."""

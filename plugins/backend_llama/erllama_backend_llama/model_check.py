@@ -32,6 +32,10 @@ _SCALINGS: Final = frozenset({"none", "linear", "yarn", "longrope"})
 """``LLAMA_ROPE_SCALING_TYPES`` of llama-model.cpp."""
 _MOST_WINDOW: Final = 1 << 24
 """Tokens; far more than any context. Near 2^31 the cells that are made for it overflow."""
+_ALWAYS_ROTATE: Final = frozenset({"gemma3", "lfm2", "lfm2moe"})
+"""Architectures that were seen to rotate whatever the file says; others may do without."""
+_ALIGNMENT: Final = 32
+"""``TENSOR_ALIGNMENT`` of ggml-impl.h."""
 _TOKENS: Final = "tokenizer.ggml.tokens"
 
 
@@ -45,7 +49,15 @@ def check_model(path: Path) -> dict[str, Tensor]:
             with GgufFile(part) as file:
                 if part == parts[0]:
                     _check_metadata(path, file)
-                tensors.update(file.tensors())
+                found = file.tensors()
+                if found and file.data_offset % _ALIGNMENT:
+                    # ggml-backend.cpp: GGML_ASSERT((uintptr_t)ptr % TENSOR_ALIGNMENT == 0)
+                    raise ModelLoadError(
+                        f"{part}: its tensors begin at byte {file.data_offset}, which is no "
+                        f"multiple of {_ALIGNMENT} (general.alignment); llama.cpp would end the "
+                        f"process on it"
+                    )
+                tensors.update(found)
         except NotGguf as error:
             raise ModelLoadError(
                 f"{part}: llama.cpp could not read the file", reason=str(error)
@@ -190,22 +202,31 @@ def _window(said: _Said) -> Iterator[str]:
         yield f"{said.name(pattern)} leaves no layer with the sliding window of {window} tokens"
 
 
-def _rope(said: _Said) -> Iterator[str]:
-    # ggml-cpu/ops.cpp: GGML_ASSERT(n_dims <= ne0), n_dims % 2 == 0, sect_dims <= ne0,
-    # sections[0] > 0 || sections[1] > 0 || sections[2] > 0
-    dims, width = said.number("rope.dimension_count"), said.head_dim
-    name = said.name("rope.dimension_count")
+def _rotations(said: _Said) -> Iterator[str]:
+    # ggml-cpu/ops.cpp: GGML_ASSERT(n_dims <= ne0), n_dims % 2 == 0; it loops for ever with 0
     sections = said.value("rope.dimension_sections")
-    if dims is not None and dims % 2:
-        yield f"{name} is {dims}, an odd number"
-    if dims is not None and width is not None and dims > width:
-        yield f"{name} is {dims}, more than the {width} of an attention head"
+    for key, width in (
+        ("rope.dimension_count", said.head_dim),
+        ("rope.dimension_count_swa", said.number("attention.key_length_swa") or said.head_dim),
+    ):
+        dims, name = said.number(key), said.name(key)
+        if dims is None:
+            continue
+        if dims % 2:
+            yield f"{name} is {dims}, an odd number"
+        if width is not None and dims > width:
+            yield f"{name} is {dims}, more than the {width} of an attention head"
+        if dims == 0 and (sections is not None or said.architecture in _ALWAYS_ROTATE):
+            yield f"{name} is 0"
+
+
+def _sections(said: _Said) -> Iterator[str]:
+    # ggml-cpu/ops.cpp: GGML_ASSERT(sect_dims <= ne0),
+    # sections[0] > 0 || sections[1] > 0 || sections[2] > 0
+    sections, width = said.value("rope.dimension_sections"), said.head_dim
     if sections is None or not isinstance(sections.content, tuple):
         return
-    if dims == 0:
-        yield f"{name} is 0"
-    numbers = sections.content
-    name = said.name("rope.dimension_sections")
+    numbers, name = sections.content, said.name("rope.dimension_sections")
     if not any(number > 0 for number in numbers[:3]) or min(numbers, default=0) < 0:
         yield f"{name} is {list(numbers)}: one of the first three must be above 0, and none below"
     if width is not None and sum(numbers) > width:
@@ -253,7 +274,8 @@ _RULES: Final[tuple[Callable[[_Said], Iterator[str]], ...]] = (
     _scaling,
     _epsilons,
     _window,
-    _rope,
+    _rotations,
+    _sections,
     _intervals,
     _delta_net,
     _short_convolution,

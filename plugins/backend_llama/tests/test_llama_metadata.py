@@ -37,6 +37,11 @@ DEADLY: list[tuple[str, str, Entry]] = [
     ("gemma3", "gemma3.attention.sliding_window_pattern", Entry("array bool", [False] * 4)),
     ("gemma3", "gemma3.attention.sliding_window_pattern", Entry("array bool", [])),
     ("gemma3", "gemma3.attention.sliding_window_pattern", Entry("u32", 1)),
+    ("gemma3", "gemma3.rope.dimension_count", Entry("u32", 0)),
+    ("gemma3", "gemma3.rope.dimension_count_swa", Entry("u32", 0)),
+    ("gemma3", "gemma3.rope.dimension_count_swa", Entry("u32", 3)),
+    ("gemma3", "gemma3.rope.dimension_count_swa", Entry("u32", 1000)),
+    ("lfm2", "lfm2.rope.dimension_count", Entry("u32", 0)),
     ("lfm2", "lfm2.attention.head_count", Entry("u32", 1)),
     ("lfm2", "lfm2.attention.head_count", Entry("u32", 3)),
     ("qwen35", "qwen35.rope.dimension_count", Entry("u32", 0)),
@@ -66,6 +71,26 @@ def test_what_ends_the_process_is_refused(
         check_model(path)
     assert key.rpartition("_")[0] in str(error.value)
     assert str(path) in str(error.value)
+
+
+def test_tensors_that_begin_out_of_step(tiny: Tiny, tmp_path: Path, users: Users) -> None:
+    """A file that asks for a small alignment is used where its data lies well, else refused."""
+    base = Gguf.read(tiny("llama"))
+    ends = set()
+    for length in range(0, 32, 2):
+        changes = {
+            "general.alignment": Entry("u32", 2),
+            "general.name": Entry("string", "x" * length),
+        }
+        path = base.write(tmp_path / "model.gguf", changes, alignment=2)
+        try:
+            check_model(path)
+        except ModelLoadError as error:
+            assert "general.alignment" in str(error)  # noqa: PT017 - both ends are right
+            ends.add("refused")
+        else:
+            ends.add(users.fate(path))
+    assert ends == {"used", "refused"}
 
 
 @pytest.mark.parametrize("arch", ARCHS)

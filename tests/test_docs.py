@@ -284,14 +284,23 @@ def test_every_error_is_documented() -> None:
 
 
 def test_every_hook_is_documented() -> None:
-    """docs/hooks.md has a heading for each hook, and for nothing that is none."""
+    """docs/hooks.md has a heading for each hook, its signature, and says when, on which thread,
+    whether it may block, and what becomes of errors.
+    """
     specified = {
-        name
+        f"{name}{inspect.signature(value)}".replace("'", "")
         for name, value in vars(hookspecs).items()
         if hasattr(value, f"{hookspecs.PROJECT}_spec")
     }
-    documented = {heading for heading in sections("hooks.md") if heading.startswith("erllama_")}
-    assert documented == specified
+    documented = {
+        heading: text
+        for heading, text in sections("hooks.md").items()
+        if heading.startswith("erllama_")
+    }
+    assert set(documented) == specified
+    for heading, text in documented.items():
+        for fact in ("When", "Thread", "May it block", "Errors"):
+            assert f"- **{fact}**: " in text, f"{heading}: {fact}"
 
 
 def command_line() -> Iterator[tuple[str, click.Command]]:

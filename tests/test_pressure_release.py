@@ -112,13 +112,12 @@ def test_idle_sequences_go_next_and_their_state_is_saved(tmp_path: Path) -> None
             engine,
             tier=["ram", "disk"],
             context_opts={"resident_cells_max": 1024},
-            # What a turn leaves is too short to be saved when it ends.
-            policy={"min_tokens": 8},
         )
         session = model.infer(PROMPT, response_tokens=4, session_id="s").result()
         model.complete("another " + PROMPT, response_tokens=4)
         engine.flush()
         assert model.info().pinned_idle_seqs == 1
+        engine.cache.gc()  # so that it has to be saved again
         status = engine.pressure.force_check()
         assert status.last_release is not None
         assert status.last_release.residents == 2
@@ -131,6 +130,24 @@ def test_idle_sequences_go_next_and_their_state_is_saved(tmp_path: Path) -> None
         ).result()
         assert again.cache_delta.read == len(session.context_tokens)
         assert engine.pressure.force_check().last_release is not None
+
+
+def test_nothing_is_saved_to_memory_to_free_memory() -> None:
+    """Idle sequences of a model whose tiers are all memory are not saved, only to go again."""
+    gauge = Gauge(used=1000)
+    with gauged_engine(gauge, pressure={"min_evict_bytes": "1GiB"}) as engine:
+        model = load_stub(engine, context_opts={"resident_cells_max": 1024})
+        model.complete(PROMPT, response_tokens=4, session_id="s")
+        engine.flush()
+        saves = engine.cache.counters().saves_evict
+        status = engine.pressure.force_check()
+        assert status.last_release is not None
+        assert status.last_release.residents == 1
+        engine.flush()
+        assert engine.cache.dump() == []
+        assert engine.cache.counters().saves_evict == saves
+        again = model.complete(PROMPT, response_tokens=4, session_id="s")
+        assert again.cache_hit_kind == "cold"
 
 
 def test_idle_sequences_stay_while_ram_is_enough() -> None:

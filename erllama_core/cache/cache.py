@@ -56,6 +56,9 @@ MAX_INFLIGHT_BYTES: Final = 256 << 20
 READ_TIMEOUT_S: Final = 5.0
 WRITE_TIMEOUT_S: Final = 30.0
 POOL_IDLE_BYTES: Final = 64 << 20
+SHIPPED_KINDS: Final = frozenset({"ram", "ram_file", "disk", "redis"})
+"""May be named also where there is no tier of that kind: "what is in memory" is the same words
+everywhere."""
 _PIN_PATIENCE_S: Final = 10.0
 """What is to be pinned may have to be written first, or found by the scan."""
 
@@ -240,12 +243,13 @@ class Cache:
         """Free at least ``n_bytes``, least worth first, from the tiers named (None: all).
 
         ``tiers`` holds names or kinds. Frees less when no more can go: what is in use or
-        pinned stays. Raises ValueError for a name that no tier has.
+        pinned stays. Raises ValueError for a name that is neither a tier's nor a kind's.
         """
         catalog = self._open()
         if isinstance(tiers, str):
             tiers = (tiers,)
         known = {word for store in catalog.stores.values() for word in (store.name, store.kind)}
+        known |= SHIPPED_KINDS
         for name in tiers or ():
             if name not in known:
                 raise ValueError(unknown_name("tier", name, known))
@@ -266,6 +270,10 @@ class Cache:
         return catalog.free_memory(
             n_bytes, [store for store in catalog.stores.values() if store.keeps is not None]
         )
+
+    def any_lasts(self, tiers: Sequence[str]) -> bool:
+        """Whether any of these tiers is no memory of this machine."""
+        return any(not store.is_volatile for store in self._named(tiers))
 
     def held_bytes(self, tiers: Sequence[str]) -> int:
         """What :meth:`free_memory` could free at most."""

@@ -329,8 +329,10 @@ def record_problem(provider: Provider) -> str | None:
     summary: object = provider.summary
     if not isinstance(summary, str):
         return f"{name!r}: its summary is a {type(summary).__name__}, not text"
-    for field in ("factory", "probe", "estimate"):
-        value: object = getattr(provider, field, None)
+    for field in ("factory", "probe", "check", "estimate"):
+        if not hasattr(provider, field):
+            continue  # only some records have the last two
+        value: object = getattr(provider, field)
         if not callable(value) and not (field == "estimate" and value is None):
             return f"{name!r}: its {field} is a {type(value).__name__}, which cannot be called"
     config: object = provider.config

@@ -23,6 +23,7 @@ ELSEWHERE: Final = {
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
     "bench/README.md": "bench.md",
+    "examples/README.md": "examples.md",
     "docs/template_plugin/README.md": "template_plugin.md",
     **{
         path.relative_to(ROOT).as_posix(): f"plugins/{path.parent.name}.md"

@@ -185,7 +185,7 @@ def test_check_tells_every_problem(runner: CliRunner, tmp_path: Path) -> None:
 def test_check_json_shape(runner: CliRunner, tmp_path: Path) -> None:
     """The JSON report has these keys; other programs read it."""
     file = tmp_path / "c.toml"
-    file.write_text("[caches]\n[pressure]\nenabled = true\nsource = 'noop'\nevict_tiers = []\n")
+    file.write_text('[caches]\n[plugins]\nallow = ["erllama-teir-disk"]\n')
     result = runner.invoke(app, ["check", str(file), "--json"])
     assert result.exit_code == 1
     assert json.loads(result.output) == {
@@ -194,9 +194,9 @@ def test_check_json_shape(runner: CliRunner, tmp_path: Path) -> None:
         "problems": [{"path": "caches", "message": "unknown key", "suggestion": "cache"}],
         "warnings": [
             {
-                "path": "pressure.evict_tiers",
-                "message": "no configured tier is one of these (none), so there is nothing to "
-                "evict",
+                "path": "plugins.allow",
+                "message": "no plugin and no distribution 'erllama-teir-disk' is installed",
+                "suggestion": "erllama-tier-disk",
             }
         ],
     }

@@ -39,9 +39,10 @@ class Built:
         return self.name.replace("-", "_")
 
 
-def run(*command: str | Path, cwd: Path) -> str:
+def run(*command: str | Path, cwd: Path, **variables: str) -> str:
     """What a command printed; it must succeed."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= variables
     done = subprocess.run(
         [str(part) for part in command],
         cwd=cwd,
@@ -54,12 +55,13 @@ def run(*command: str | Path, cwd: Path) -> str:
     return done.stdout
 
 
-def new_environment(folder: Path, *requirements: str | Path) -> Path:
-    """A virtual environment with these installed; its interpreter."""
+def new_environment(folder: Path, *requirements: str | Path, wheels: Path | None = None) -> Path:
+    """A virtual environment with these installed, ``wheels`` before others; its interpreter."""
     venv.create(folder, with_pip=True, symlinks=True)
     python = folder / "bin" / "python"
     pip = (python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
-    run(*pip, *requirements, cwd=folder)
+    local = {} if wheels is None else {"PIP_FIND_LINKS": str(wheels)}
+    run(*pip, *requirements, cwd=folder, **local)
     return python
 
 
@@ -139,14 +141,14 @@ def test_versions_and_ranges_agree(built: list[Built]) -> None:
 
 def test_a_clean_environment_is_all_they_need(built: list[Built], tmp_path: Path) -> None:
     """Installed together in any order, every plugin is listed, and the template's tests pass."""
-    index = tmp_path / "index"
-    index.mkdir()
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
     for one in built:
-        shutil.copy(one.wheel, index)
+        shutil.copy(one.wheel, wheels)
     names = [one.name for one in built]
     random.Random(0).shuffle(names)
     names[names.index("erllama-core")] += "[cli,conformance]"
-    python = new_environment(tmp_path / "venv", "--find-links", index, *names)
+    python = new_environment(tmp_path / "venv", *names, wheels=wheels)
     erllama = tmp_path / "venv" / "bin" / "erllama"
     listed = json.loads(run(erllama, "plugins", "--json", cwd=tmp_path))
     assert {row["distribution"] for row in listed} == {one.name for one in built}

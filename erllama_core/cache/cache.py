@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Self
 
-from erllama_core.cache.budget import MemoryBudget, MemoryUse
+from erllama_core.cache.budget import Hold, MemoryBudget, MemoryUse
 from erllama_core.cache.catalog import MARKS_SHARE, Catalog, Evicted
 from erllama_core.cache.counters import Counters
 from erllama_core.cache.discovery import Discovery, Wanted
@@ -94,6 +94,8 @@ class Cache:
         self._closed = False
         self._write_timeout_s: Final = write_timeout_s
         self.budget: Final = MemoryBudget(memory_budget_bytes, max_inflight_bytes)
+        self._quota_holds: Final[dict[str, Hold | None]] = {}
+        """By their names, what is set aside for tiers on a tmpfs."""
         self._catalog: Final = Catalog(tiers, PagePool(POOL_IDLE_BYTES, self.budget), marks_share)
         self._catalog.on_event = on_event
         self._set_aside_for_tmpfs()
@@ -205,6 +207,31 @@ class Cache:
     def tier_names(self) -> tuple[str, ...]:
         """The names of the opened tiers."""
         return tuple(self._catalog.stores)
+
+    def can_change_quota(self, tier: str) -> bool:
+        """Whether :meth:`set_quota` works for an open tier. Raises ValueError for no tier."""
+        return self._open().store(tier).quota is not None
+
+    def set_quota(self, tier: str, quota_bytes: int | None) -> None:
+        """Give a tier another quota; what is beyond it is evicted, least worth first.
+
+        None: what the kind makes of a missing ``quota_bytes``. Of a shared tier the janitor
+        evicts, which may be another process, and later. Raises ValueError for an unknown tier
+        and for one that cannot change its quota.
+        """
+        catalog = self._open()
+        store = catalog.store(tier)
+        if store.quota is None:
+            raise ValueError(f"the tier {tier!r} cannot change its quota while it is open")
+        store.quota.set_quota(quota_bytes)
+        if store.name in self._quota_holds:
+            self._set_quota_aside(store)
+        if store.shared is not None:
+            store.upkeep_due.set()
+            return
+        usage = store.usage()
+        if usage.quota_bytes is not None and usage.used_bytes > usage.quota_bytes:
+            catalog.make_room(store, usage.used_bytes - usage.quota_bytes)
 
     # ---------------------------------------------------------- pins and eviction
 
@@ -406,9 +433,15 @@ class Cache:
         """Files on a tmpfs are memory, and any process may fill a tier's quota with them."""
         for store in self._catalog.stores.values():
             if store.is_volatile and store.keeps is None:
-                with contextlib.suppress(CacheError):
-                    quota = store.usage().quota_bytes
-                    self.budget.hold(f"tier {store.name!r}", quota or 0, beyond=True)
+                self._set_quota_aside(store)
+
+    def _set_quota_aside(self, store: TierStore) -> None:
+        with contextlib.suppress(CacheError):
+            quota = store.usage().quota_bytes or 0
+            hold = self.budget.hold(f"tier {store.name!r}", quota, beyond=True)
+            before, self._quota_holds[store.name] = self._quota_holds.get(store.name), hold
+            if before is not None:
+                before.release()
 
     def _settle(self) -> None:
         self.flush(_PIN_PATIENCE_S)

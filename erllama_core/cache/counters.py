@@ -54,6 +54,8 @@ class Counters:
     demotions: int = 0
     """Objects that were handed to the tier below when they were evicted from one."""
     evictions: int = 0
+    thinned: int = 0
+    """Snapshots that were removed since others of their context do as well."""
     corrupt: int = 0
     """Objects that were not what they claimed to be; they were dropped."""
     tier_errors: int = 0

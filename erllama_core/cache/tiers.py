@@ -19,8 +19,9 @@ from erllama_core.errors import (
     TierFull,
 )
 from erllama_core.interfaces.block import ObjectId
-from erllama_core.interfaces.log import get_logger
+from erllama_core.interfaces.log import get_logger, told
 from erllama_core.interfaces.tier import (
+    ChangesQuota,
     KeepsPages,
     MakesDurable,
     RecordsPins,
@@ -56,6 +57,7 @@ class TierStore:
         self.tier: Final = named.tier
         self.keeps: Final = named.tier if isinstance(named.tier, KeepsPages) else None
         self.records: Final = named.tier if isinstance(named.tier, RecordsPins) else None
+        self.quota: Final = named.tier if isinstance(named.tier, ChangesQuota) else None
         self.reads: Final = ReadCosts()
         durable = named.tier if isinstance(named.tier, MakesDurable) else None
         self.is_volatile: Final = self.keeps is not None or (
@@ -133,4 +135,4 @@ class TierStore:
             first, self._in_trouble = not self._in_trouble, True
             self._failed_at_s = time.monotonic()
         if first:
-            log.warning("tier.failed", tier=self.name, doing=what, error=str(error))
+            log.warning("tier.failed", tier=self.name, doing=what, error=told(error))

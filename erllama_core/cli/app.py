@@ -59,6 +59,7 @@ _COMMANDS: Final = {
     "demo": "erllama_core.cli.demo:demo",
     "new-plugin": "erllama_core.cli.new_plugin:new_plugin",
     "plugins": "erllama_core.cli.plugins:plugins",
+    "run": "erllama_core.cli.run:run",
     "why": "erllama_core.cli.why:why",
 }
 

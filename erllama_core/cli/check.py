@@ -34,9 +34,7 @@ def check(ctx: click.Context, file: Path, as_json: bool) -> None:
             "file": str(file),
             "ok": not problems,
             "problems": [attrs.asdict(problem) for problem in problems],
-            "warnings": [
-                {"path": warning.path, "message": warning.message} for warning in warnings
-            ],
+            "warnings": [attrs.asdict(warning) for warning in warnings],
         }
         click.echo(json.dumps(report, indent=2))
     else:

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Final
 from erllama_core.cache.keys import ContextKeys
 from erllama_core.interfaces.backend import Sampler
 from erllama_core.interfaces.block import TOKEN_BYTES
+from erllama_core.interfaces.log import get_logger
 from erllama_core.interfaces.stream import Done, Event
 from erllama_core.model.explain import Finding
 from erllama_core.model.options import RequestOptions
+from erllama_core.model.snapshots import SnapshotQueue
 from erllama_core.prompt import Prompt, unpack
 from erllama_core.results import (
     CacheDelta,
@@ -29,6 +31,8 @@ from erllama_core.stream.pipeline import Pipeline
 if TYPE_CHECKING:
     from erllama_core.model.sequences import LiveSequence
     from erllama_core.model.session import Session
+
+log = get_logger("erllama.model")
 
 
 class Phase(enum.Enum):
@@ -55,6 +59,7 @@ class Request:
         prompt: Prompt,
         options: RequestOptions,
         *,
+        model: str = "",
         context_size: int,
         sampler: Sampler,
         pipeline: Pipeline,
@@ -64,9 +69,13 @@ class Request:
         on_answer: Callable[[Request, Stats | Exception], None] | None = None,
     ) -> None:
         self.id: Final = request_id
+        self.model: Final = model
+        """Its model's id, for the log."""
         self._on_answer: Final = on_answer
         self.options: Final = options
         self.prompt_tokens = len(prompt)
+        self.opening_tokens: Final = prompt.opening_tokens
+        """Tokens at the prompt's end that open the reply; 0: not known."""
         self.may_respell: Final = prompt.text is not None
         """Whether its text is what was meant, so that other tokens of that text do as well."""
         self.respelt = False
@@ -113,6 +122,8 @@ class Request:
         """Tokens whose state the sequence holds."""
         self.saved = 0
         """Tokens whose state is stored, counted from the start without a gap."""
+        self.snapshots: Final = SnapshotQueue()
+        """For models whose state cannot be cut."""
         self.tried = 0
         """Tokens up to which a save was tried last, while the reply grows."""
         self.drops = 0
@@ -243,16 +254,43 @@ class Request:
 
     def finish(self, stats: Stats) -> None:
         """Deliver the end, unless there was one."""
-        self._answer(Done(stats), stats)
+        if self._answer(Done(stats), stats):
+            log.info(
+                "request.finished",
+                request=self.id,
+                model=self.model,
+                reason=stats.finish_reason,
+                prompt_tokens=stats.prompt_tokens,
+                completion_tokens=stats.completion_tokens,
+                cache_hit=stats.cache_hit_kind,
+                reused_tokens=stats.cache_delta.read,
+                first_token_s=_rounded(stats.first_token_s),
+                seconds=_rounded(time.perf_counter() - self.submitted_at),
+            )
 
     def fail(self, error: Exception) -> None:
         """Deliver an error instead of an end, unless there was one."""
-        self._answer(error, error)
+        if self._answer(error, error):
+            # Not what it says, which is for the caller.
+            log.info(
+                "request.failed",
+                request=self.id,
+                model=self.model,
+                error=type(error).__name__,
+                prompt_tokens=self.prompt_tokens,
+                completion_tokens=len(self.generated),
+            )
 
-    def _answer(self, end: Done | Exception, outcome: Stats | Exception) -> None:
+    def _answer(self, end: Done | Exception, outcome: Stats | Exception) -> bool:
+        """Whether this is the answer."""
         if self.is_answered:
-            return
+            return False
         self.is_answered = True
         self.mailbox.put(end)
         if self._on_answer is not None:
             self._on_answer(self, outcome)
+        return True
+
+
+def _rounded(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 6)

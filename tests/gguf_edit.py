@@ -50,7 +50,7 @@ class Entry:
 
 def _encoded(kind: str, value: Any) -> bytes:
     if kind == "string":
-        data = value.encode()
+        data: bytes = value.encode()
         return struct.pack("<Q", len(data)) + data
     return struct.pack(_SCALARS[kind][1], value)
 

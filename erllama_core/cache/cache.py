@@ -298,6 +298,10 @@ class Cache:
             n_bytes, [store for store in catalog.stores.values() if store.keeps is not None]
         )
 
+    def any_lasts(self, tiers: Sequence[str]) -> bool:
+        """Whether any of these tiers is no memory of this machine."""
+        return any(not store.is_volatile for store in self._named(tiers))
+
     def held_bytes(self, tiers: Sequence[str]) -> int:
         """What :meth:`free_memory` could free at most."""
         catalog = self._open()

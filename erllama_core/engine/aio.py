@@ -13,12 +13,25 @@ from erllama_core.engine.reload_plan import Reloaded
 from erllama_core.errors import EngineClosed
 from erllama_core.model.model import Model, ModelRef, PromptLike
 from erllama_core.model.options import ReplyKwargs, RequestKwargs
+from erllama_core.pressure.monitor import Monitor
+from erllama_core.pressure.status import PressureStatus
 from erllama_core.prompt import Prompt
 from erllama_core.results import AdapterInfo, CacheKey, Completion, Prefill
 from erllama_core.stream.stream import Stream
 
 if TYPE_CHECKING:
     from erllama_core.engine.engine import ConfigSource, Engine
+
+
+class AsyncPressure:
+    """What of :class:`~erllama_core.pressure.monitor.Monitor` blocks, for coroutines."""
+
+    def __init__(self, monitor: Monitor) -> None:
+        self._monitor: Final = monitor
+
+    async def force_check(self) -> PressureStatus:
+        """See :meth:`Monitor.force_check`."""
+        return await asyncio.to_thread(self._monitor.force_check)
 
 
 class AsyncEngine:
@@ -154,6 +167,11 @@ class AsyncEngine:
     ) -> Prompt:
         """See :meth:`Engine.apply_chat_template`."""
         return await asyncio.to_thread(self._sync.apply_chat_template, model, messages, **arguments)
+
+    @property
+    def pressure(self) -> AsyncPressure:
+        """The awaitable twin of what blocks of ``engine.pressure``."""
+        return AsyncPressure(self._sync.pressure)
 
     async def flush(self, timeout_s: float | None = None) -> bool:
         """See :meth:`Engine.flush`."""

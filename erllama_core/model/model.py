@@ -494,9 +494,14 @@ class Model:
         """
         self._worker.set_policy(policy)
 
-    def drop_residents(self, timeout_s: float = 0.0) -> int:
-        """Have idle sequences give back their cells, saved first; how many did in that time."""
-        return self._worker.drop_residents(timeout_s)
+    def drop_residents(self, timeout_s: float = 0.0, *, save: bool = True) -> int:
+        """See :meth:`Worker.drop_residents`."""
+        return self._worker.drop_residents(timeout_s, save=save)
+
+    @property
+    def tiers(self) -> tuple[str, ...]:
+        """The names of its tiers, nearest first."""
+        return self._parts.tiers
 
     @property
     def last_used_s(self) -> float:

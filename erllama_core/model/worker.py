@@ -293,8 +293,8 @@ class Worker:
             self._options = attrs.evolve(self._options, policy=policy)
             self._runner.inbox.post(lambda runner: runner.set_policy(policy))
 
-    def drop_residents(self, timeout_s: float = 0.0) -> int:
-        """Have idle sequences give back their cells; their state is saved first.
+    def drop_residents(self, timeout_s: float = 0.0, *, save: bool = True) -> int:
+        """Have idle sequences give back their cells; with ``save`` their state is saved first.
 
         How many did within ``timeout_s``: a worker that is in the middle of a step, or closed,
         gives 0, and drops them later.
@@ -303,7 +303,7 @@ class Worker:
 
         def drop(runner: Runner, done: threading.Event) -> None:
             nonlocal dropped
-            dropped = runner.pool.drop_all_idle()
+            dropped = runner.pool.drop_all_idle(save=save)
             done.set()
 
         self._ask(drop, timeout_s)

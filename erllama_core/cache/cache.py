@@ -44,6 +44,7 @@ from erllama_core.interfaces.block import (
     verify_object,
 )
 from erllama_core.interfaces.log import get_logger
+from erllama_core.interfaces.telemetry import CacheEvent
 from erllama_core.prompt import pack
 from erllama_core.results import CacheKey
 
@@ -61,8 +62,9 @@ class Cache:
     """Objects in tiers, found by content. Thread-safe; a context manager.
 
     Opening starts a scan of the tiers in the background. With ``upkeep``, what other processes
-    do in shared tiers is followed, and they are kept to their quota. After a fork the child must
-    open a cache of its own: every use of the parent's raises EngineClosed there.
+    do in shared tiers is followed, and they are kept to their quota. ``on_event`` is told what
+    becomes of objects, on whatever thread it happens; it must not wait. After a fork the child
+    must open a cache of its own: every use of the parent's raises EngineClosed there.
     """
 
     def __init__(
@@ -76,12 +78,14 @@ class Cache:
         write_timeout_s: float = WRITE_TIMEOUT_S,
         marks_share: float = MARKS_SHARE,
         upkeep: bool = True,
+        on_event: Callable[[CacheEvent], None] | None = None,
     ) -> None:
         self._pid: Final = os.getpid()
         self._closing: Final = threading.Lock()
         self._closed = False
         self._write_timeout_s: Final = write_timeout_s
         self._catalog: Final = Catalog(tiers, PagePool(POOL_IDLE_BYTES), marks_share)
+        self._catalog.on_event = on_event
         self._pinning: Final = Pinning(self._catalog)
         self.loader_threads: Final = loader_threads
         self._loader: Final = Loader(

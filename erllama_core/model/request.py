@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from erllama_core.cache.keys import ContextKeys
@@ -60,8 +61,10 @@ class Request:
         generates: bool = True,
         continues: bool = False,
         is_streamed: bool = False,
+        on_answer: Callable[[Request, Stats | Exception], None] | None = None,
     ) -> None:
         self.id: Final = request_id
+        self._on_answer: Final = on_answer
         self.options: Final = options
         self.prompt_tokens = len(prompt)
         self.may_respell: Final = prompt.text is not None
@@ -236,7 +239,11 @@ class Request:
     def finish(self, stats: Stats) -> None:
         """Deliver the end."""
         self.mailbox.put(Done(stats))
+        if self._on_answer is not None:
+            self._on_answer(self, stats)
 
     def fail(self, error: Exception) -> None:
         """Deliver an error instead of an end."""
         self.mailbox.put(error)
+        if self._on_answer is not None:
+            self._on_answer(self, error)

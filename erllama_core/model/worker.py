@@ -169,6 +169,14 @@ class Worker:
         if prompts and all(one.cancelled for one in batch):
             runner.context.abort()
 
+    def cancel_id(self, request_id: int) -> bool:
+        """:meth:`cancel` the request of that id; False when none runs or waits."""
+        with self._lock:
+            found = next((r for r in self._unfinished if r.id == request_id), None)
+        if found is not None:
+            self.cancel(found)
+        return found is not None
+
     # --------------------------------------------------------------- sessions
 
     def transcript(self, session_id: Hashable, expected: bytes | None) -> tuple[bytes, str | None]:

@@ -208,6 +208,7 @@ class Constraint:
     all the same, and would pass for it."""
 
 
+@runtime_checkable
 class ConstrainedSampler(Sampler, Protocol):
     """A sampler under a grammar.
 

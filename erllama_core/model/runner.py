@@ -27,6 +27,7 @@ from erllama_core.interfaces.backend import BackendModel, Context, Mark, Row
 from erllama_core.interfaces.block import TOKEN_BYTES
 from erllama_core.interfaces.log import get_logger
 from erllama_core.model.explain import explain
+from erllama_core.model.logprobs import FindLogprob, marked_logprob, row_logprob
 from erllama_core.model.request import Phase, Request
 from erllama_core.model.restorer import Restorer
 from erllama_core.model.saver import Saver
@@ -341,10 +342,9 @@ class Runner:
         needed = request.max_tokens_after(len(tokens) // TOKEN_BYTES)
         if needed is None or request.generated:
             return False
-        sampling = request.options.sampling()
         sampler = None
-        if sampling.repetition_penalty != 1.0:  # else it has no use for the prompt's tokens
-            sampler = self._model.new_sampler(sampling, tokens)
+        if request.options.repetition_penalty != 1.0:  # else the prompt's tokens are no use to it
+            sampler = request.new_sampler(tokens)
         keys = self.space.keys(request.tokens, request.options.cache_salt)
         before = bytes(request.tokens[: request.computed * TOKEN_BYTES])
         request.respell(tokens, keys, sampler)
@@ -352,17 +352,19 @@ class Runner:
             self._restorer.empty(request)
         return True
 
-    def _restored(self, request: Request, mark: Mark | None) -> None:
-        """The sequence of a request is as far as anything but computing brings it."""
+    def _restored(self, request: Request, mark: Mark | None, token: int | None) -> None:
+        """The sequence of a request is as far as anything but computing brings it.
+
+        ``mark``: the logits at its end, if they were stored; ``token``: what was drawn from them.
+        """
         if not request.was_preempted:
             self._last_hit = CacheHit(request.hit_kind, request.read)
         if mark is None:
             return
-        if not request.generates:
+        if token is None:
             self._answer(request, "length")
         else:
-            greedy = request.pipeline.greedy
-            self._take(request, request.sampler.sample_mark(mark, greedy=greedy))
+            self._take(request, token, functools.partial(marked_logprob, mark))
         if request.phase is Phase.CLOSING and request.computed == request.length:
             self._leave(request)  # it said nothing, and what it read is stored
 
@@ -593,10 +595,10 @@ class Runner:
         if not request.generates:
             self._answer(request, "length")
             return
-        greedy = request.pipeline.greedy
-        self._take(request, self.context.sample(row, request.sampler, greedy=greedy))
+        token = self.context.sample(row, request.sampler, greedy=request.pipeline.greedy)
+        self._take(request, token, functools.partial(row_logprob, self.context, row))
 
-    def _take(self, request: Request, token: int) -> None:
+    def _take(self, request: Request, token: int, find: FindLogprob) -> None:
         """A token was sampled: tell the caller, and see whether it was the last one."""
         if request.phase is Phase.PREFILLING:
             request.phase = Phase.GENERATING
@@ -609,6 +611,8 @@ class Runner:
             self._answer(request, "stop")
             return
         request.append(token)
+        if request.logprobs is not None:
+            request.note_logprob(find(self._model.vocabulary, token, request.options.logprobs or 0))
         for event in request.pipeline.feed(token):
             request.mailbox.put(event)
         if request.pipeline.ended:

@@ -23,7 +23,7 @@ from erllama_core.grammar.schema.merge import (
 from erllama_core.grammar.schema.numbers import Bound, numbers, whole_numbers
 from erllama_core.grammar.schema.pattern import pattern_of
 from erllama_core.grammar.schema.rules import Rules, literal
-from erllama_core.grammar.schema.strings import FORMATS, json_string, other_names
+from erllama_core.grammar.schema.strings import FORMATS, other_names
 
 _OF_TYPE: Final = {
     "string": ("minLength", "maxLength", "pattern", "format"),

@@ -1,8 +1,8 @@
-"""Regular expressions, as far as JSON schemas tend to use them and a grammar can say it.
+r"""Regular expressions, as far as JSON schemas tend to use them and a grammar can say it.
 
-Characters, sets, ``.``, ``\\d \\w \\s`` and their opposites, groups, alternatives, repetitions, and
-``^`` and ``$`` at the ends. What ECMA 262 and Python understand differently is taken in the
-sense that suits both: ``\\d`` are the ASCII digits, ``\\D`` other ASCII characters.
+Characters, sets, ``.``, ``\d \w \s`` and their opposites, groups, alternatives, repetitions, and
+``^`` and ``$`` at the ends. What ECMA 262 and Python understand differently is taken in the sense
+that suits both: ``\d`` are the ASCII digits, ``\D`` other ASCII characters.
 """
 
 from __future__ import annotations
@@ -227,7 +227,9 @@ class _Reader:
 
 
 def _is_count(digits: str) -> bool:
-    return digits.isascii() and digits.isdigit() and len(digits) <= 4 and int(digits) <= MOST_REPEATS
+    return (
+        digits.isascii() and digits.isdigit() and len(digits) <= 4 and int(digits) <= MOST_REPEATS
+    )
 
 
 def _within_ascii(ranges: _Ranges) -> _Ranges:

@@ -10,6 +10,7 @@ from llama_cpp import llama_cpp
 from erllama_backend_llama import logits, native
 from erllama_backend_llama.abort import AbortFlag
 from erllama_backend_llama.batch import Batch
+from erllama_backend_llama.constrained import ConstrainedLlamaSampler
 from erllama_backend_llama.context_params import cost_prior, native_params
 from erllama_backend_llama.kv_class import MemoryClass, Pools, claimed_class, prove
 from erllama_backend_llama.sampler import LlamaSampler
@@ -210,17 +211,21 @@ class LlamaContext:
 
     def sample(self, row: int, sampler: Sampler, *, greedy: bool = False) -> int:
         """Draw from the row's logits, which ``step`` found to be numbers."""
-        if not isinstance(sampler, LlamaSampler):
-            raise TypeError(f"a sampler of this backend's new_sampler, got {sampler!r}")
         output = self._output(row)
-        chain = sampler.chain_for(greedy=greedy)
-        token: int = llama_cpp.llama_sampler_sample(chain, self._context, output)
-        sampler.note_drawn(token, greedy=greedy)
-        return token
+        if isinstance(sampler, LlamaSampler):
+            return sampler.sample_row(self._context, output, greedy=greedy)
+        if isinstance(sampler, ConstrainedLlamaSampler):
+            logits_of_row = self._logits(output)
+            return sampler.sample_row(self._context, output, logits_of_row, greedy=greedy)
+        raise TypeError(f"a sampler of this backend's new_sampler, got {sampler!r}")
 
     def mark(self, row: int, size: int | None) -> Mark:
         """The row's largest logits."""
         return logits.make_mark(self._logits(self._output(row)), size)
+
+    def logit(self, row: int, token: int) -> float:
+        """Of one token of the row."""
+        return float(self._logits(self._output(row))[token])
 
     # ----------------------------------------------------------- sequences
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from erllama_backend_stub.cells import CellMaker
+from erllama_backend_stub.constrained import ConstrainedStubSampler
 from erllama_backend_stub.context import StubContext
 from erllama_backend_stub.faults import FaultPlan, HangGate
 from erllama_backend_stub.options import StubOptions
@@ -19,6 +20,7 @@ from erllama_backend_stub.vocabulary import StubVocabulary, tape_from_tokens
 from erllama_core.errors import InvalidPrompt, ModelLoadError
 from erllama_core.interfaces.backend import (
     BackendRequest,
+    Constraint,
     ContextOptions,
     Identity,
     PackedTokens,
@@ -53,7 +55,7 @@ def open_model(request: BackendRequest) -> StubModel:
 
 
 class StubModel:
-    """See ``erllama_core.interfaces.backend.BackendModel``; it also ``Embeds``.
+    """See ``erllama_core.interfaces.backend.BackendModel``; it ``Embeds`` and ``Constrains`` too.
 
     Contexts can be opened any number of times, one after or beside the other.
     """
@@ -116,6 +118,11 @@ class StubModel:
 
     def new_sampler(self, params: SamplingParams, history: PackedTokens) -> StubSampler:
         return StubSampler(params, history)
+
+    def new_constrained_sampler(
+        self, params: SamplingParams, history: PackedTokens, constraint: Constraint
+    ) -> ConstrainedStubSampler:
+        return ConstrainedStubSampler(params, history, constraint, self.vocabulary)
 
     def embed(self, tokens: PackedTokens) -> Sequence[float]:
         """32 floats of length 1, a function of tokens and weights.

@@ -30,7 +30,12 @@ def compile_schema(schema: Mapping[str, Any] | bool | str) -> Grammar:
     ``schema``: as Python's ``json`` would read it, or its text. Raises InvalidGrammar for one
     that is wrong, or says what a grammar cannot, with the path within it.
     """
-    grammar = compile_gbnf(gbnf_of_schema(schema))
+    text = gbnf_of_schema(schema)
+    try:
+        grammar = compile_gbnf(text)
+    except InvalidGrammar as error:
+        what = f"what the schema becomes cannot be followed: {error.problem}"
+        raise InvalidGrammar(what, path="#") from error
     if not has_end(grammar):
         raise InvalidGrammar("no value that ends: it needs itself as a part of itself", path="#")
     return grammar

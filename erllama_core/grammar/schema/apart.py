@@ -35,6 +35,8 @@ def are_apart(one: Any, other: Any, flatten: Flatten) -> bool:
 def _types(schema: Schema) -> set[str]:
     names = schema.get("type", _TYPES)
     names = [names] if isinstance(names, str) else names
+    if not isinstance(names, list | frozenset):
+        return set(_TYPES)  # a mistake, which is told where it stands
     found = {"number" if name == "integer" else name for name in names if isinstance(name, str)}
     values = schema.get("enum", [schema["const"]] if "const" in schema else None)
     if isinstance(values, list):

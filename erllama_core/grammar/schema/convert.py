@@ -86,10 +86,11 @@ class _Converter:
             where = self._pending.pop()
             target, _ = self._references.find(where, where)
             try:
-                atom = self._convert(target, where, 0, within=where)
+                self._rules.define(
+                    self._names[where], self._convert(target, where, 0, within=where)
+                )
             except OverflowError as error:
                 raise InvalidGrammar(f"the schema is too large: {error}", path=self._path) from None
-            self._rules.define(self._names[where], atom)
         self._check_loops()
         return self._rules.gbnf(root)
 
@@ -251,7 +252,7 @@ class _Converter:
         values = [said["const"]] if keyword == "const" else said["enum"]
         if not isinstance(values, list):
             self._refuse("a list of values is needed", f"{path}/enum")
-        if keyword == "const" and "enum" in said:
+        if keyword == "const" and isinstance(said.get("enum"), list):
             values = [v for v in values if json_key(v) in {json_key(w) for w in said["enum"]}]
         if "type" in said:
             names = type_names(said["type"], f"{path}/type")
@@ -364,18 +365,18 @@ class _Converter:
     def _array(self, said: Schema, path: str, depth: int) -> str:
         self._rules.shared("ws")
         first = said.get("prefixItems", [])
-        rest, rest_path = said.get("items", True), f"{path}/items"
+        rest, rest_path = said.get("items", not first), f"{path}/items"
         first_path = f"{path}/prefixItems"
         if isinstance(rest, list):  # as drafts before 2020-12 have it
             first, first_path = rest, rest_path
-            rest, rest_path = said.get("additionalItems", True), f"{path}/additionalItems"
+            rest, rest_path = said.get("additionalItems", not first), f"{path}/additionalItems"
         if not isinstance(first, list):
             self._refuse("a list of schemas is needed", first_path)
         least = self._count(said, "minItems", path) or 0
         most = self._count(said, "maxItems", path)
         if said.get("uniqueItems", False) is not False and (most is None or most > 1):
             self._refuse("a grammar cannot say 'uniqueItems'", f"{path}/uniqueItems")
-        if rest is False or (first and rest is True):
+        if rest is False:
             most = len(first) if most is None else min(most, len(first))
         self._check_order(least, most, path, "minItems")
         wanted = len(first) if most is None else min(most, len(first))

@@ -9,6 +9,7 @@ from typing import Final
 from erllama_core.grammar.schema.rules import PLAIN, Rules, characters, literal
 
 _SHORT_ESCAPES: Final = {0x08: "b", 0x09: "t", 0x0A: "n", 0x0C: "f", 0x0D: "r"}
+_CONTROLS: Final = frozenset(range(1, 0x20))
 _TWO: Final = "[0-9]{2}"
 _DAYS: Final = (
     '("01" | "03" | "05" | "07" | "08" | "10" | "12") "-" ("0" [1-9] | [12] [0-9] | "3" [01])',
@@ -42,7 +43,11 @@ def written(rules: Rules, ranges: Iterable[tuple[int, int]]) -> str:
             if max(first, low) <= min(last, high):
                 plain.append((max(first, low), min(last, high)))
         escapes += [code for code in range(first, min(last, 0x5C) + 1) if not _is_plain(code)]
-    parts = [literal(_escaped(code)) for code in escapes]
+    parts = []
+    if set(escapes) >= _CONTROLS:  # most sets have all of them: one rule for all
+        parts.append(rules.add(" | ".join(literal(_escaped(code)) for code in sorted(_CONTROLS))))
+        escapes = [code for code in escapes if code not in _CONTROLS]
+    parts += [literal(_escaped(code)) for code in escapes]
     if plain:
         parts.insert(0, characters(plain))
     return rules.choice(parts)
@@ -66,7 +71,7 @@ def other_names(rules: Rules, names: Iterable[str]) -> str:
     be written, and none of ``names`` can come in another.
     """
     units = tuple(sorted({tuple(map(ord, name)) for name in names}))
-    anything = rules.add(f"{written(rules, [(0x20, 0xD7FF), (0xE000, 0x10FFFF)])}*")
+    anything = rules.add(f"{written(rules, [(1, 0x10FFFF)])}*")
     return rules.add(rf'"\"" {_others(rules, units, 0, anything)} "\""')
 
 
@@ -74,7 +79,7 @@ def _others(rules: Rules, names: Sequence[tuple[int, ...]], at: int, anything: s
     """What follows ``at`` characters that all ``names`` begin with, so that it is none of them."""
     taken = sorted({name[at] for name in names if len(name) > at})
     free = []
-    begin = 0x20
+    begin = 1
     for code in taken:
         if begin < code:
             free.append((begin, code - 1))

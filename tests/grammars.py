@@ -63,7 +63,7 @@ def some_text(grammar: Grammar, rng: random.Random, patience: int = 30) -> str |
 
 def _choices(state: GrammarState, rng: random.Random) -> list[str]:
     """A character of each range that can come next."""
-    found = {}
+    found: dict[int, None] = {}
     for stack in state.stacks:
         if stack:
             top = state.grammar.elements[stack[-1]]

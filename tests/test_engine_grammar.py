@@ -328,7 +328,7 @@ def test_sessions_and_coroutines_take_grammars(engine: Engine) -> None:
 
 # ----------------------------------------------- thinking, calls, control tokens
 
-TAGS = {
+TAGS: dict[str, Any] = {
     "thinking_markers": {"start": "<think>", "end": "</think>"},
     "tool_call_markers": {"start": "<tool_call>", "end": "</tool_call>"},
 }

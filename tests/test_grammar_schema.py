@@ -121,14 +121,15 @@ def arrays(draw: st.DrawFn, inner: st.SearchStrategy[Instance]) -> Instance:
 
 @st.composite
 def objects(draw: st.DrawFn, inner: st.SearchStrategy[Instance]) -> Instance:
-    members = draw(st.dictionaries(names, inner, max_size=4))
-    present = {name for name in members if draw(st.booleans())}
+    members: dict[str, Instance] = draw(st.dictionaries(names, inner, max_size=4))
+    coin: st.SearchStrategy[bool] = st.booleans()
+    present = {name for name in members if draw(coin)}
     schema: dict[str, Any] = {"type": "object"}
-    if members or draw(st.booleans()):
+    if draw(coin) or members:
         schema["properties"] = {name: s for name, (s, _) in members.items()}
     value = {name: v for name, (_, v) in members.items() if name in present}
-    required = sorted(name for name in present if draw(st.booleans()))
-    if required or draw(st.booleans()):
+    required = sorted(name for name in present if draw(coin))
+    if draw(coin) or required:
         schema["required"] = required
     kind = draw(st.sampled_from(["nothing", "false", "schema"]))
     if kind == "false":

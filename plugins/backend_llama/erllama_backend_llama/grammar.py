@@ -43,8 +43,10 @@ class LlamaGrammar:
         self._excluded_ids: Final = np.fromiter(constraint.excluded, dtype=np.int32)
         self._pending = b""
         """The first bytes of a character that the reply has not all of."""
+        text = constraint.grammar.text.encode()
+        if not text.strip() or b"\0" in text:  # which llama.cpp takes for no grammar at all
+            raise InvalidGrammar("llama.cpp refuses the grammar: it is empty, or has a NUL")
         with native.collect_log() as lines:
-            text = constraint.grammar.text.encode()
             self._sampler = vocabulary.with_native(
                 lambda vocab: llama_cpp.llama_sampler_init_grammar(vocab, text, b"root")
             )

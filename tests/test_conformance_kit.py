@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import threading
 import time
@@ -9,9 +10,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 
+from erllama_backend_stub import StubOptions, open_model
 from erllama_core.conformance import (
+    BackendConformance,
+    BackendSubject,
     PressureConformance,
     PressureSubject,
     ProcessorConformance,
@@ -21,9 +26,18 @@ from erllama_core.conformance import (
     no_leaks,
 )
 from erllama_core.conformance.kit import ConformanceKit
-from erllama_core.errors import BlockNotFound, TierFull
+from erllama_core.errors import BlockNotFound, DecodeAborted, TierFull
+from erllama_core.interfaces.backend import (
+    BackendRequest,
+    ContextOptions,
+    Mark,
+    RangeExport,
+    RangeImport,
+    Row,
+    SamplingParams,
+)
 from erllama_core.interfaces.block import Bytes, ObjectId
-from erllama_core.interfaces.pressure import PressureReading
+from erllama_core.interfaces.pressure import PressureReading, StallReading
 from erllama_core.interfaces.stream import Channel, ProcessorRequest, TextDelta
 from erllama_core.interfaces.tier import Allocate, Pages, ScanFailure, ScannedObject, TierUsage
 from erllama_core.pressure.noop import NoopPressure
@@ -33,7 +47,8 @@ NOW_NS = time.time_ns()
 
 def fails(kit: type[ConformanceKit], test: str, *subjects: Any) -> None:
     """The kit's test fails for this subject, as pytest would run it."""
-    with pytest.raises(Exception) as caught, no_leaks():  # noqa: PT011 - whatever it found
+    found = (Exception, pytest.fail.Exception)
+    with pytest.raises(found) as caught, no_leaks():
         getattr(kit, test)(None, *subjects)
     assert not isinstance(caught.value, TypeError), f"the test itself is wrong: {caught.value!r}"
 
@@ -371,6 +386,10 @@ def reading(used: Any = 1, total: Any = 2, name: str = "host") -> PressureReadin
     return PressureReading(name, used, total)
 
 
+def stall(stalled: float, limit: float = 0.5) -> StallReading:
+    return StallReading("psi", stalled, limit)
+
+
 def fail_oddly() -> tuple[PressureReading, ...]:
     raise KeyError("device lost")
 
@@ -422,6 +441,8 @@ WRONG_SOURCES: list[tuple[str, Callable[[], Any], str]] = [
     ("no total", lambda: Source((reading(1, 0),)), "test_readings_can_be_true"),
     ("more than all", lambda: Source((reading(3, 2),)), "test_readings_can_be_true"),
     ("a fraction", lambda: Source((reading(0.5, 2),)), "test_readings_can_be_true"),
+    ("stalls for longer than the time", lambda: Source((stall(1.5),)), "test_readings_can_be_true"),
+    ("a stall without a limit", lambda: Source((stall(0.5, 0.0),)), "test_readings_can_be_true"),
     (
         "one name for two",
         lambda: Source((reading(), reading())),
@@ -568,6 +589,250 @@ class TestGoodProcessor(ProcessorConformance):
         return ProcessorSubject(GoodProcessor, pieces=[b"STOP"], quiet_request={})
 
 
+# --------------------------------------------------------------------- backends
+
+
+class Wrapped:
+    """The stub's context, of which a subclass spoils one thing."""
+
+    def __init__(self, context: Any) -> None:
+        self._inner = context
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+
+class WrappedModel(Wrapped):
+    """The stub's model, whose contexts are spoilt."""
+
+    spoil: type[Wrapped]
+
+    def __init__(self, model: Any, spoil: type[Wrapped]) -> None:
+        super().__init__(model)
+        self.spoil = spoil
+
+    def open_context(self) -> Any:
+        return self.spoil(self._inner.open_context())
+
+
+class IgnoresTheSequence(Wrapped):
+    """Everything is computed in sequence 0."""
+
+    def step(self, rows: Sequence[Row]) -> None:
+        for row in rows[:-1]:
+            self._inner.step([row])
+        last = rows[-1]
+        lengths = [self._inner.length(seq) for seq in range(3)]
+        self._inner.step(rows[-1:])
+        if lengths[last.seq] == 0 and sum(lengths):
+            other = next(seq for seq in range(3) if lengths[seq] and seq != last.seq)
+            self._inner.drop(last.seq)
+            self._inner.share(other, last.seq, len(last.tokens) // 4)
+
+
+class RowsInAnotherOrder(Wrapped):
+    def step(self, rows: Sequence[Row]) -> None:
+        self._inner.step(sorted(rows, key=lambda row: row.seq))
+
+
+class AlwaysTheSameLogits(Wrapped):
+    def mark(self, row: int, size: int | None) -> Mark:
+        try:
+            found: Mark = self._inner.mark(row, size)
+        except ValueError:
+            found = self._inner.mark(1, size)
+        return found
+
+
+class NextTokensLogits(Wrapped):
+    """Off by one: the logits of a slice depend on its length."""
+
+    def mark(self, row: int, size: int | None) -> Mark:
+        found: Mark = self._inner.mark(row, size)
+        if self._odd:
+            return attrs.evolve(found, logits=found.logits[4:] + found.logits[:4])
+        return found
+
+    def step(self, rows: Sequence[Row]) -> None:
+        self._inner.step(rows)
+        self._odd = len(rows[0].tokens) == 4 * 17
+
+
+class DropsNothing(Wrapped):
+    def drop(self, seq: int) -> None:
+        if self._inner.length(seq) < 100:
+            self._inner.drop(seq)
+
+
+class CutsOneTooFew(Wrapped):
+    def import_ranges(self, seq: int, ranges: Sequence[RangeImport]) -> None:
+        last = ranges[-1]
+        if last.start < last.stop - 1 < last.end - 1:
+            ranges = [*ranges[:-1], attrs.evolve(last, stop=last.stop - 1)]
+        self._inner.import_ranges(seq, ranges)
+
+
+class TakesBlocksInAnyOrder(Wrapped):
+    def import_ranges(self, seq: int, ranges: Sequence[RangeImport]) -> None:
+        at = self._inner.length(seq)
+        for item in ranges:
+            size = item.end - item.start
+            stop = at + min(item.stop, item.end) - item.start
+            self._inner.import_ranges(seq, [attrs.evolve(item, start=at, end=at + size, stop=stop)])
+            at = stop
+
+
+class TruncatesOnPaper(Wrapped):
+    def __init__(self, context: Any) -> None:
+        super().__init__(context)
+        self._lengths: dict[int, int] = {}
+
+    def truncate(self, seq: int, length: int) -> bool:
+        self._lengths[seq] = length
+        return True
+
+    def length(self, seq: int) -> int:
+        length: int = self._lengths.get(seq, self._inner.length(seq))
+        return length
+
+    def drop(self, seq: int) -> None:
+        self._lengths.pop(seq, None)
+        self._inner.drop(seq)
+
+
+class SharesTheWholeOfIt(Wrapped):
+    def share(self, source: int, target: int, length: int) -> bool:
+        done: bool = self._inner.share(source, target, self._inner.length(source))
+        return done
+
+
+class ExportsIntoAnything(Wrapped):
+    def export_ranges(self, seq: int, ranges: Sequence[RangeExport]) -> None:
+        for item in ranges:
+            data = memoryview(bytearray(self._inner.range_bytes(seq, item.start, item.end)))
+            self._inner.export_ranges(seq, [attrs.evolve(item, into=data)])
+            size = min(len(item.into), len(data))
+            if not item.into.readonly:
+                item.into[:size] = data[:size]
+
+
+class AbortsWhatComesNext(Wrapped):
+    aborted = False
+
+    def abort(self) -> None:
+        self.aborted = True
+
+    def step(self, rows: Sequence[Row]) -> None:
+        if self.aborted:
+            raise DecodeAborted("aborted", code=2)
+        self._inner.step(rows)
+
+
+WRONG_CONTEXTS: list[tuple[type[Wrapped], str, int]] = [
+    # the class, the test, and how many contexts it takes
+    (IgnoresTheSequence, "test_neighbours_do_not_matter", 2),
+    (RowsInAnotherOrder, "test_order_of_rows_does_not_matter", 1),
+    (AlwaysTheSameLogits, "test_logits_are_those_that_were_asked_for", 1),
+    (NextTokensLogits, "test_slices_do_not_matter", 2),
+    (DropsNothing, "test_dropping_leaves_nothing", 2),
+    (CutsOneTooFew, "test_a_block_can_be_cut_at_its_end", 2),
+    (TakesBlocksInAnyOrder, "test_ranges_go_where_they_came_from_only", 1),
+    (TruncatesOnPaper, "test_truncating_keeps_the_beginning", 2),
+    (SharesTheWholeOfIt, "test_a_shared_beginning_goes_on_as_a_computed_one", 2),
+    (ExportsIntoAnything, "test_buffers_have_exactly_the_right_size", 1),
+    (AbortsWhatComesNext, "test_an_abort_ends_no_step_that_comes_later", 1),
+]
+
+
+def stub(options: ContextOptions) -> Any:
+    return open_model(BackendRequest(model_path=None, options=StubOptions(), context=options))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "test", "n_contexts"),
+    WRONG_CONTEXTS,
+    ids=[case[0].__name__ for case in WRONG_CONTEXTS],
+)
+def test_a_wrong_context_is_caught(spoil: type[Wrapped], test: str, n_contexts: int) -> None:
+    """Each context that breaks one promise fails the test of that promise."""
+    subject = BackendSubject(load=stub)
+    contexts = [spoil(stub(subject.options).open_context())]
+    contexts += [stub(subject.options).open_context()] * (n_contexts - 1)
+    fails(BackendConformance, test, subject, *contexts)
+
+
+class CutsCharacters(WrappedModel):
+    """A piece is a character, so what is in several tokens is lost."""
+
+    @property
+    def vocabulary(self) -> Any:
+        vocabulary = self._inner.vocabulary
+
+        class Lossy(Wrapped):
+            def piece(self, token: int) -> bytes:
+                piece: bytes = vocabulary.piece(token)
+                return piece if piece.isascii() else b"?"
+
+        return Lossy(vocabulary)
+
+
+class ParsesWhatUsersType(WrappedModel):
+    @property
+    def vocabulary(self) -> Any:
+        vocabulary = self._inner.vocabulary
+
+        class Trusting(Wrapped):
+            def tokenize(self, text: str, *, add_bos: bool, parse_special: bool) -> bytes:
+                found: bytes = vocabulary.tokenize(text, add_bos=add_bos, parse_special=True)
+                return found
+
+        return Trusting(vocabulary)
+
+
+class MarksOfAnotherPlace(Wrapped):
+    def mark(self, row: int, size: int | None) -> Mark:
+        found: Mark = self._inner.mark(row, size)
+        return attrs.evolve(found, tokens=found.tokens[4:] + found.tokens[:4])
+
+
+@pytest.mark.parametrize(
+    ("make", "test"),
+    [
+        (lambda: CutsCharacters(stub(ContextOptions()), Wrapped), "test_pieces_make_the_text"),
+        (
+            lambda: ParsesWhatUsersType(stub(ContextOptions()), Wrapped),
+            "test_control_tokens_are_parsed_on_request_only",
+        ),
+        (
+            lambda: WrappedModel(stub(ContextOptions()), MarksOfAnotherPlace),
+            "test_a_mark_draws_what_the_row_draws",
+        ),
+    ],
+    ids=["cuts characters", "parses what users type", "marks of another place"],
+)
+def test_a_wrong_model_is_caught(make: Callable[[], Any], test: str) -> None:
+    """Vocabulary and samplers are tested too."""
+    subject = BackendSubject(load=stub)
+    takes_subject = "subject" in inspect.signature(getattr(BackendConformance, test)).parameters
+    fails(BackendConformance, test, *([subject] if takes_subject else []), make())
+
+
+def test_a_shared_sampler_is_caught() -> None:
+    """Two requests that draw from one state are told apart from two that do not."""
+
+    class SharedByAll(WrappedModel):
+        sampler: Any = None
+
+        def new_sampler(self, params: SamplingParams, history: bytes) -> Any:
+            if self.sampler is None:
+                self.sampler = self._inner.new_sampler(params, history)
+            return self.sampler
+
+    subject = BackendSubject(load=stub)
+    model = SharedByAll(stub(ContextOptions()), Wrapped)
+    fails(BackendConformance, "test_samplers_share_nothing", subject, model)
+
+
 # ---------------------------------------------------------------- the kit itself
 
 
@@ -586,7 +851,9 @@ def test_a_test_cannot_be_overridden_silently() -> None:
     type("Own", (TierConformance,), {"test_of_its_own": lambda _self: None})
 
 
-@pytest.mark.parametrize("kit", [TierConformance, PressureConformance, ProcessorConformance])
+@pytest.mark.parametrize(
+    "kit", [BackendConformance, TierConformance, PressureConformance, ProcessorConformance]
+)
 def test_every_test_says_what_its_failure_means(kit: type[ConformanceKit]) -> None:
     """The docstring of every test ends with a sentence that begins "If this fails:"."""
     tests = [value for name, value in vars(kit).items() if name.startswith("test_")]

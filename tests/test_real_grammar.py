@@ -6,7 +6,7 @@ import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jsonschema
 import pytest
@@ -56,7 +56,8 @@ def load(engine: Engine, path: Path) -> Model:
     return engine.load_model(
         backend="llama",
         model_path=str(path),
-        context_opts={"n_ctx": 4096, "n_seq_max": 5},
+        # One thread: on a machine that is busy, llama.cpp's threads wait for one another.
+        context_opts={"n_ctx": 4096, "n_seq_max": 8, "n_threads": 1},
         policy={"min_tokens": 8, "cold_min_tokens": 8},
         **TAGS,
     )
@@ -122,7 +123,9 @@ def test_forced_thinking_and_calls_make_their_events(model: Model, seed: int | N
 
 
 @pytest.mark.parametrize("tags", ["control", "user"])
-def test_forced_markers_that_are_single_tokens(tmp_path: Path, tags: str) -> None:
+def test_forced_markers_that_are_single_tokens(
+    tmp_path: Path, tags: Literal["control", "user"]
+) -> None:
     """The same where the vocabulary has each marker as one token, control token or not."""
     path = write_tiny_gguf(tmp_path / "tiny.gguf", "llama", tags=tags)
     grammar = r'root ::= "<think>" [a-z]{2} "</think>" [A-Z]{2} "<tool_call>" [0-9] "</tool_call>"'

@@ -5,12 +5,15 @@ brings everything else; every test's docstring ends with what it means when it f
 """
 
 import erllama_core.conformance.rewriting  # noqa: F401 - before the modules that it is for
+from erllama_core.conformance.backend import BackendConformance, BackendSubject
 from erllama_core.conformance.kit import no_leaks
 from erllama_core.conformance.pressure import PressureConformance, PressureSubject
 from erllama_core.conformance.stream import ProcessorConformance, ProcessorSubject
 from erllama_core.conformance.tier import RawStore, TierConformance, TierSubject
 
 __all__ = [
+    "BackendConformance",
+    "BackendSubject",
     "PressureConformance",
     "PressureSubject",
     "ProcessorConformance",

@@ -6,5 +6,8 @@ Imported before the modules that it names.
 import pytest
 
 pytest.register_assert_rewrite(
-    *(f"erllama_core.conformance.{name}" for name in ("kit", "pressure", "stream", "tier"))
+    *(
+        f"erllama_core.conformance.{name}"
+        for name in ("backend", "kit", "pressure", "stream", "tier")
+    )
 )

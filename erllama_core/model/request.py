@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Final
 from erllama_core.cache.keys import ContextKeys
 from erllama_core.interfaces.backend import ConstrainedSampler, PackedTokens, Sampler
 from erllama_core.interfaces.block import TOKEN_BYTES
+from erllama_core.interfaces.log import get_logger
 from erllama_core.interfaces.stream import Done, Event
 from erllama_core.model.explain import Finding
 from erllama_core.model.options import RequestOptions
+from erllama_core.model.snapshots import SnapshotQueue
 from erllama_core.prompt import Prompt, unpack
 from erllama_core.results import (
     CacheDelta,
@@ -30,6 +32,8 @@ from erllama_core.stream.pipeline import Pipeline
 if TYPE_CHECKING:
     from erllama_core.model.sequences import LiveSequence
     from erllama_core.model.session import Session
+
+log = get_logger("erllama.model")
 
 
 class Phase(enum.Enum):
@@ -56,6 +60,7 @@ class Request:
         prompt: Prompt,
         options: RequestOptions,
         *,
+        model: str = "",
         context_size: int,
         new_sampler: Callable[[PackedTokens], Sampler],
         pipeline: Pipeline,
@@ -65,9 +70,13 @@ class Request:
         on_answer: Callable[[Request, Stats | Exception], None] | None = None,
     ) -> None:
         self.id: Final = request_id
+        self.model: Final = model
+        """Its model's id, for the log."""
         self._on_answer: Final = on_answer
         self.options: Final = options
         self.prompt_tokens = len(prompt)
+        self.opening_tokens: Final = prompt.opening_tokens
+        """Tokens at the prompt's end that open the reply; 0: not known."""
         self.may_respell: Final = prompt.text is not None
         """Whether its text is what was meant, so that other tokens of that text do as well."""
         self.respelt = False
@@ -96,9 +105,17 @@ class Request:
         self.session: Session | None = None
         self.live: LiveSequence | None = None
         self.order = 0
-        """By when it was first given a sequence: the least one is never preempted."""
+        """By when it was first given a sequence: the least one is never preempted. 0: not yet."""
+        self.turn = 0
+        """When it last had a part of a step, in steps."""
         self.was_preempted = False
         """It had a sequence before, and lost it to others."""
+        self.is_counted = False
+        """What it found was counted; what it gets back of its own later is no hit."""
+        self.is_answered = False
+        """Its caller has been given its end, one way or the other."""
+        self.aborts = 0
+        """Steps in a row that were aborted for nothing that it did."""
         self.sticks = False
         """It goes on in the very cells of its session's last turn."""
         self.leader: Request | None = None
@@ -110,6 +127,8 @@ class Request:
         """Tokens whose state the sequence holds."""
         self.saved = 0
         """Tokens whose state is stored, counted from the start without a gap."""
+        self.snapshots: Final = SnapshotQueue()
+        """For models whose state cannot be cut."""
         self.tried = 0
         """Tokens up to which a save was tried last, while the reply grows."""
         self.drops = 0
@@ -193,7 +212,6 @@ class Request:
         self.phase = Phase.QUEUED
         self.was_preempted = True
         self.live = self.leader = None
-        self.sticks = False
         self.stops.clear()
         self.computed = self.saved = self.tried = self.attempts = 0
 
@@ -217,8 +235,6 @@ class Request:
         """How it went, once generation has ended."""
         now = time.perf_counter()
         committed = self.length
-        if finish_reason == "cancelled" and not self.generated:
-            committed = self.computed  # of a prompt cut short, what was computed
         first = self.first_token_at
         return Stats(
             prompt_tokens=self.prompt_tokens,
@@ -233,7 +249,7 @@ class Request:
                 read=self.read, created=committed - self.read if finish_key is not None else 0
             ),
             restored_bytes=self.restored_bytes,
-            queue_s=self.admitted_at - self.submitted_at,
+            queue_s=(self.admitted_at if self.order else now) - self.submitted_at,
             restore_s=self.restore_s,
             prefill_s=self.prefill_s,
             first_token_s=None if first is None else first - self.submitted_at,
@@ -252,13 +268,44 @@ class Request:
             self.mailbox.put(event)
 
     def finish(self, stats: Stats) -> None:
-        """Deliver the end."""
-        self.mailbox.put(Done(stats))
-        if self._on_answer is not None:
-            self._on_answer(self, stats)
+        """Deliver the end, unless there was one."""
+        if self._answer(Done(stats), stats):
+            log.info(
+                "request.finished",
+                request=self.id,
+                model=self.model,
+                reason=stats.finish_reason,
+                prompt_tokens=stats.prompt_tokens,
+                completion_tokens=stats.completion_tokens,
+                cache_hit=stats.cache_hit_kind,
+                reused_tokens=stats.cache_delta.read,
+                first_token_s=_rounded(stats.first_token_s),
+                seconds=_rounded(time.perf_counter() - self.submitted_at),
+            )
 
     def fail(self, error: Exception) -> None:
-        """Deliver an error instead of an end."""
-        self.mailbox.put(error)
+        """Deliver an error instead of an end, unless there was one."""
+        if self._answer(error, error):
+            # Not what it says, which is for the caller.
+            log.info(
+                "request.failed",
+                request=self.id,
+                model=self.model,
+                error=type(error).__name__,
+                prompt_tokens=self.prompt_tokens,
+                completion_tokens=len(self.generated),
+            )
+
+    def _answer(self, end: Done | Exception, outcome: Stats | Exception) -> bool:
+        """Whether this is the answer."""
+        if self.is_answered:
+            return False
+        self.is_answered = True
+        self.mailbox.put(end)
         if self._on_answer is not None:
-            self._on_answer(self, error)
+            self._on_answer(self, outcome)
+        return True
+
+
+def _rounded(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 6)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from typing import Any, Final
 
+import attrs
 import numpy as np
 import numpy.typing as npt
 from llama_cpp import llama_cpp
@@ -18,6 +19,19 @@ Logits = npt.NDArray[np.float32]
 CANDIDATE: Final = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 
 assert CANDIDATE.itemsize == ctypes.sizeof(llama_cpp.llama_token_data)
+
+
+@attrs.frozen(slots=True, eq=False)
+class LiveRow:
+    """A row of a context's last step: valid until the next one."""
+
+    context: Any
+    """The native context."""
+    index: int
+    """What llama.cpp calls the row."""
+    logits: Logits
+    largest: int
+    """The token with the largest logit, the first of equal ones."""
 
 
 def of_row(row: Logits) -> Candidates:

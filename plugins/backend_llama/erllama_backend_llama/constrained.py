@@ -7,11 +7,11 @@ microseconds. Where a token does not fit, another one is drawn from those that d
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
-from erllama_backend_llama.candidates import Candidates, Logits, of_mark, of_row
+from erllama_backend_llama.candidates import Candidates, LiveRow, of_mark, of_row
 from erllama_backend_llama.grammar import LlamaGrammar
-from erllama_backend_llama.logits import largest
+from erllama_backend_llama.logits import largest_of
 from erllama_backend_llama.sampler import LlamaSampler
 from erllama_backend_llama.vocabulary import LlamaVocabulary
 from erllama_core.errors import InvalidGrammar
@@ -42,19 +42,20 @@ class ConstrainedLlamaSampler:
         """A token was turned down that came from a mark, and another one is still to be drawn."""
         self.turned_down = 0
 
-    def sample_row(self, context: Any, output: int, row: Logits, *, greedy: bool = False) -> int:
-        """Draw from a live row of the context, whose logits ``row`` are; note the token.
+    def sample_row(self, live: LiveRow, *, greedy: bool = False) -> int:
+        """Draw from a row of the context, and take note of the token.
 
         Raises InvalidGrammar when no token of the vocabulary fits.
         """
         if not self._awaits_row:
-            token = self._chain.draw_row(context, output, row, greedy=greedy)
+            token = self._chain.draw_row(live, greedy=greedy)
             if self._grammar.allows(token):
                 return self._note(token)
             self.turned_down += 1
         self._awaits_row = False
+        row = live.logits
         if self._reach is not None and row.size > _FIRST_TRIED:
-            candidates = of_row(row)[largest(row, _FIRST_TRIED)]
+            candidates = of_row(row)[largest_of(row, _FIRST_TRIED)]
             drawn = self._draw_fitting(candidates, whole=False, greedy=greedy)
             if drawn is not None:
                 return self._note(drawn)

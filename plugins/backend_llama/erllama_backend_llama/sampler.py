@@ -9,7 +9,7 @@ from typing import Any, Final
 import numpy as np
 from llama_cpp import llama_cpp
 
-from erllama_backend_llama.candidates import Candidates, Logits, array_of, of_mark, of_row
+from erllama_backend_llama.candidates import Candidates, LiveRow, array_of, of_mark, of_row
 from erllama_core.errors import DecodeFailed, EngineClosed
 from erllama_core.interfaces.backend import (
     PENALTY_WINDOW,
@@ -68,8 +68,19 @@ class LlamaSampler:
             raise EngineClosed("the sampler was closed; its request has ended")
         return self._chain
 
-    def _chain_for(self, *, greedy: bool) -> Any:
-        """The native chain to draw with; the other one must hear of the token too."""
+    def takes_largest(self, *, greedy: bool) -> bool:
+        """Whether the next draw is the largest logit, the first of equal ones, and nothing else.
+
+        llama.cpp's greedy sampler finds it in 0.07 ms for a vocabulary of 49,152, most of which
+        is copying the row; whoever knows it already need not ask. Raises EngineClosed.
+        """
+        return self.chain is not None and not self._has_penalties and (greedy or self._is_greedy)
+
+    def chain_for(self, *, greedy: bool) -> Any:
+        """The native chain to draw with; the other one must hear of the token too.
+
+        Raises EngineClosed once it was freed.
+        """
         chain = self.chain
         if not greedy or self._is_greedy:
             return chain
@@ -85,27 +96,29 @@ class LlamaSampler:
             )
         return self._greedy_chain
 
-    def sample_row(self, context: Any, output: int, *, greedy: bool = False) -> int:
-        """Draw from a live row of the context, and take note of the token."""
-        chain = self._chain_for(greedy=greedy)
-        token: int = llama_cpp.llama_sampler_sample(chain, context, output)
+    def sample_row(self, live: LiveRow, *, greedy: bool = False) -> int:
+        """Draw from a row of the context, and take note of the token."""
+        chain = self.chain_for(greedy=greedy)
+        token: int = llama_cpp.llama_sampler_sample(chain, live.context, live.index)
         if self._has_penalties and self._greedy_chain is not None:
             other = self._chain if chain is self._greedy_chain else self._greedy_chain
             llama_cpp.llama_sampler_accept(other, token)
         return token
 
-    def draw_row(self, context: Any, output: int, row: Logits, *, greedy: bool = False) -> int:
-        """Draw from a live row, whose logits ``row`` are; without taking note of the token."""
+    def draw_row(self, live: LiveRow, *, greedy: bool = False) -> int:
+        """Draw from a row of the context, without taking note of the token."""
+        if self.takes_largest(greedy=greedy):
+            return live.largest
         if self._has_penalties:  # which llama_sampler_sample would tell of the token
-            return self.draw(of_row(row), greedy=greedy)
-        chain = self._chain_for(greedy=greedy)
-        token: int = llama_cpp.llama_sampler_sample(chain, context, output)
+            return self.draw(of_row(live.logits), greedy=greedy)
+        chain = self.chain_for(greedy=greedy)
+        token: int = llama_cpp.llama_sampler_sample(chain, live.context, live.index)
         return token
 
     def draw(self, candidates: Candidates, *, greedy: bool = False) -> int:
         """Draw one of the candidates, without taking note of it; they are used up."""
         array = array_of(candidates)
-        llama_cpp.llama_sampler_apply(self._chain_for(greedy=greedy), ctypes.byref(array))
+        llama_cpp.llama_sampler_apply(self.chain_for(greedy=greedy), ctypes.byref(array))
         if not 0 <= array.selected < array.size:
             raise DecodeFailed("the sampling chain chose no token", code=0)
         return int(array.data[array.selected].id)

@@ -42,7 +42,7 @@ SCHEMAS: list[dict[str, Any]] = [
     {"prefixItems": [SHORT, {"type": "boolean"}], "minItems": 2},
     {"type": "string", "format": "date"},
     {"type": "object", "properties": {"a": {"type": "boolean"}, "b": {"type": "boolean"}},
-     "additionalProperties": {"type": "null"}, "required": ["b"]},
+     "required": ["b"]},
 ]  # fmt: skip
 
 

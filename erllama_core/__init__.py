@@ -32,6 +32,7 @@ from erllama_core.results import (
     Explanation,
     ModelInfo,
     Stats,
+    TokenLogprob,
 )
 from erllama_core.signing import verify_thinking
 from erllama_core.stream.stream import Stream
@@ -69,6 +70,7 @@ __all__ = [
     "ThinkingDelta",
     "ThinkingEnd",
     "TierConfig",
+    "TokenLogprob",
     "ToolCallDelta",
     "ToolCallEnd",
     "Usage",

@@ -22,7 +22,14 @@ from erllama_core.errors import (
     NotSupported,
     PromptTooLong,
 )
-from erllama_core.interfaces.backend import BackendModel, Context, Embeds, KVClass, Quantisation
+from erllama_core.interfaces.backend import (
+    BackendModel,
+    Context,
+    Embeds,
+    KVClass,
+    Quantisation,
+    TellsLogits,
+)
 from erllama_core.interfaces.log import get_logger
 from erllama_core.interfaces.markers import ThinkingMarkers, ToolCallMarkers
 from erllama_core.interfaces.stream import ProcessorRequest, RunningSignature
@@ -38,6 +45,7 @@ from erllama_core.model.adapters import (
 )
 from erllama_core.model.chat import render_chat
 from erllama_core.model.chat_opening import with_opening
+from erllama_core.model.constraint import sampler_maker
 from erllama_core.model.explain import explain
 from erllama_core.model.options import ReplyKwargs, RequestKwargs, RequestOptions
 from erllama_core.model.request import Request
@@ -74,6 +82,16 @@ class ReplySetup:
     thinking_markers: ThinkingMarkers | None
     tool_call_markers: ToolCallMarkers | None
     begin_signature: Callable[[], RunningSignature]
+
+    def markers(self, options: RequestOptions) -> tuple[str, ...]:
+        """The texts that mark parts of one request's reply."""
+        names = {stage.provider.name for stage in self.stages}
+        texts: list[str] = []
+        if self.thinking_markers is not None and options.thinking and "thinking" in names:
+            texts += self.thinking_markers.texts().values()
+        if self.tool_call_markers is not None and "tool_calls" in names:
+            texts += self.tool_call_markers.texts().values()
+        return tuple(texts)
 
 
 @attrs.frozen(kw_only=True)
@@ -120,8 +138,9 @@ class Model:
     def complete(self, prompt: PromptLike, **options: Unpack[RequestKwargs]) -> Completion:
         """Generate a reply and wait for all of it.
 
-        Raises InvalidPrompt, PromptTooLong, SeqCapacity, StickyBusy, TimeoutExceeded,
-        EngineError, EngineClosed; TypeError and ValueError for the options.
+        Raises InvalidPrompt, PromptTooLong, InvalidGrammar, NotSupported, SeqCapacity,
+        StickyBusy, TimeoutExceeded, EngineError, EngineClosed; TypeError and ValueError for the
+        options.
         """
         self._check_open()
         chosen = RequestOptions.of(options)
@@ -237,6 +256,14 @@ class Model:
         limit = self._parts.context_size
         if len(prompt) >= limit + (not generates):
             raise PromptTooLong(len(prompt), limit)
+        if options.logprobs is not None and not isinstance(self._parts.context, TellsLogits):
+            raise NotSupported(
+                f"the backend {self._parts.backend_name!r} of model {self.id!r} gives no "
+                "log-probabilities"
+            )
+        new_sampler = sampler_maker(
+            self._backend, self._parts.backend_name, options, self._parts.reply.markers(options)
+        )
         pipeline = self._pipeline(prompt, options)
         return Request(
             next(_request_ids),
@@ -244,7 +271,7 @@ class Model:
             options,
             model=self.id,
             context_size=limit,
-            sampler=self._backend.new_sampler(options.sampling(), prompt.packed),
+            new_sampler=new_sampler,
             pipeline=pipeline,
             generates=generates,
             continues=continues,
@@ -303,6 +330,7 @@ class Model:
                 tool_call_markers=setup.tool_call_markers,
                 begin_signature=setup.begin_signature,
             ),
+            may_swap=not options.is_constrained,
         )
 
     def why(self, prompt: PromptLike, *, cache_salt: str | None = None) -> Explanation:

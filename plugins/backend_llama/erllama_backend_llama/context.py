@@ -12,6 +12,8 @@ from erllama_backend_llama import logits, native
 from erllama_backend_llama.abort import AbortFlag
 from erllama_backend_llama.adapter import LlamaAdapter
 from erllama_backend_llama.batch import Batch, Output
+from erllama_backend_llama.candidates import LiveRow
+from erllama_backend_llama.constrained import ConstrainedLlamaSampler
 from erllama_backend_llama.context_params import cost_prior, native_params
 from erllama_backend_llama.healing import Healer
 from erllama_backend_llama.kv_class import MemoryClass, Pools, claimed_class, prove
@@ -262,21 +264,26 @@ class LlamaContext:
 
     def sample(self, row: int, sampler: Sampler, *, greedy: bool = False) -> int:
         """Draw from the row's logits, which ``step`` found to be numbers."""
-        if not isinstance(sampler, LlamaSampler):
-            raise TypeError(f"a sampler of this backend's new_sampler, got {sampler!r}")
         index, place = self._output(row)
-        if sampler.takes_largest(greedy=greedy):
+        if isinstance(sampler, LlamaSampler) and sampler.takes_largest(greedy=greedy):
             return self._largest[place]
-        chain = sampler.chain_for(greedy=greedy)
-        token: int = llama_cpp.llama_sampler_sample(chain, self._context, index)
-        sampler.note_drawn(token, greedy=greedy)
-        return token
+        if not isinstance(sampler, LlamaSampler | ConstrainedLlamaSampler):
+            raise TypeError(f"a sampler of this backend's new_sampler, got {sampler!r}")
+        assert self._logits is not None
+        live = LiveRow(self._context, index, self._logits[place], self._largest[place])
+        return sampler.sample_row(live, greedy=greedy)
 
     def mark(self, row: int, size: int | None) -> Mark:
         """The row's largest logits."""
         _, place = self._output(row)
         assert self._logits is not None
         return logits.make_mark(self._logits[place], size)
+
+    def logit(self, row: int, token: int) -> float:
+        """Of one token of the row."""
+        _, place = self._output(row)
+        assert self._logits is not None
+        return float(self._logits[place][token])
 
     # ----------------------------------------------------------- sequences
 

@@ -13,6 +13,7 @@ from llama_cpp import llama_cpp
 
 from erllama_backend_llama import native
 from erllama_backend_llama.adapter import LlamaAdapter, NativeLock, check_adapter, read_ahead
+from erllama_backend_llama.constrained import ConstrainedLlamaSampler
 from erllama_backend_llama.context import LlamaContext
 from erllama_backend_llama.context_params import check_options
 from erllama_backend_llama.gguf_file import Tensor
@@ -32,6 +33,8 @@ from erllama_core.errors import (
 from erllama_core.interfaces.backend import (
     Adapter,
     BackendRequest,
+    ConstrainedSampler,
+    Constraint,
     Context,
     ContextOptions,
     Identity,
@@ -173,6 +176,14 @@ class LlamaModel:
     def new_sampler(self, params: SamplingParams, history: PackedTokens) -> Sampler:
         """A sampler of its own. Raises ValueError for parameters that mean nothing."""
         return LlamaSampler(params, history, self._vocabulary.n_tokens)
+
+    def new_constrained_sampler(
+        self, params: SamplingParams, history: PackedTokens, constraint: Constraint
+    ) -> ConstrainedSampler:
+        """A sampler of its own. Raises ValueError for parameters that mean nothing, InvalidGrammar
+        for a grammar that llama.cpp refuses.
+        """
+        return ConstrainedLlamaSampler(params, history, constraint, self._vocabulary)
 
     def close(self) -> None:
         """Free the weights, and before them the context if that is still open. Idempotent."""

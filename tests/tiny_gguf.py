@@ -84,6 +84,7 @@ class _Shape:
     window: int
     context_length: int
     longrope: bool
+    rope_base: float
     head_dim: int
     n_vocab: int
 
@@ -213,7 +214,7 @@ def _llama(w: GGUFWriter, t: _Weights, shape: _Shape) -> int:
     _common(w, shape, d, hidden)
     _heads(w, heads, kv, head_dim)
     w.add_rope_dimension_count(head_dim)
-    w.add_rope_freq_base(10000.0)
+    w.add_rope_freq_base(shape.rope_base)
     if shape.longrope:  # the long factors apply from a context of 2,048 tokens on
         w.add_string("llama.rope.scaling.type", "longrope")
         w.add_uint32("llama.rope.scaling.original_context_length", 2048)
@@ -232,7 +233,7 @@ def _gemma3(w: GGUFWriter, t: _Weights, shape: _Shape) -> int:
     d, heads, kv, head_dim, hidden = 64, 4, 2, 64, 128
     _common(w, shape, d, hidden)
     _heads(w, heads, kv, head_dim)
-    w.add_rope_freq_base(10000.0)
+    w.add_rope_freq_base(shape.rope_base)
     w.add_sliding_window(shape.window)
     w.add_array(
         "gemma3.attention.sliding_window_pattern",
@@ -279,7 +280,7 @@ def _lfm2(w: GGUFWriter, t: _Weights, shape: _Shape) -> int:
     is_attention = [layer % 2 == 1 for layer in range(shape.layers)]
     _common(w, shape, d, hidden)
     _heads(w, heads, [kv if here else 0 for here in is_attention], head_dim)
-    w.add_rope_freq_base(10000.0)
+    w.add_rope_freq_base(shape.rope_base)
     w.add_vocab_size(shape.n_vocab)
     w.add_uint32("lfm2.shortconv.l_cache", l_cache)
     for layer in range(shape.layers):
@@ -303,7 +304,7 @@ def _qwen35(w: GGUFWriter, t: _Weights, shape: _Shape) -> int:
     _common(w, shape, d, hidden)
     _heads(w, heads, kv, head_dim)
     w.add_rope_dimension_count(32)
-    w.add_rope_freq_base(10000.0)
+    w.add_rope_freq_base(shape.rope_base)
     w.add_array("qwen35.rope.dimension_sections", [6, 5, 5, 0])
     w.add_ssm_conv_kernel(conv)
     w.add_ssm_inner_size(inner)
@@ -349,6 +350,7 @@ def write_tiny_gguf(
     window: int = 64,
     context_length: int = 8192,
     longrope: bool = False,
+    rope_base: float = 10000.0,
     head_dim: int = 64,
     tags: Literal["control", "user"] = "control",
     add_bos: bool = False,
@@ -359,8 +361,9 @@ def write_tiny_gguf(
 
     ``window``: tokens of gemma3's sliding window. ``context_length``: what the metadata says
     the model was trained with. ``longrope``: llama with two sets of RoPE factors.
-    ``head_dim``: width of llama's attention heads. ``tags``: whether ``<think>`` and its like
-    are control tokens or user-defined ones. ``add_bos``: whether the model asks for a BOS.
+    ``rope_base``: frequency base of RoPE. ``head_dim``: width of llama's attention heads.
+    ``tags``: whether ``<think>`` and its like are control tokens or user-defined ones.
+    ``add_bos``: whether the model asks for a BOS.
     ``tied``: the matrix that reads tokens also makes the logits.
     ``says_ascii``: the logits of all other tokens than printable ASCII are zero, far from the 40
     largest: random weights would say bytes that are no text, and none that survives a rendering.
@@ -373,6 +376,7 @@ def write_tiny_gguf(
         window=window,
         context_length=context_length,
         longrope=longrope,
+        rope_base=rope_base,
         head_dim=head_dim,
         n_vocab=len(vocabulary),
     )

@@ -28,6 +28,7 @@ from erllama_core.results import (
     Completion,
     Explanation,
     ModelInfo,
+    Replay,
     Stats,
 )
 from erllama_core.signing import verify_thinking
@@ -54,6 +55,7 @@ __all__ = [
     "Pinned",
     "PluginHost",
     "Prompt",
+    "Replay",
     "Row",
     "SavePolicy",
     "Stats",

@@ -8,6 +8,7 @@ gemma3    sliding-window and full attention, in turns   two sets of attention ce
 mamba     recurrent (Mamba-1)                           one state per sequence
 lfm2      short convolution and attention, in turns     hybrid
 qwen35    gated delta net and attention, M-RoPE         hybrid, extra data per cell
+bert      attention to both sides, learned positions    none: it encodes, and generates nothing
 ========  ============================================  ==========================
 
 All share one byte-level BPE vocabulary, so every text survives tokenising. Weights depend on
@@ -26,8 +27,9 @@ import attrs
 import numpy as np
 from gguf import GGUFWriter
 
-Arch = Literal["llama", "gemma3", "mamba", "lfm2", "qwen35"]
+Arch = Literal["llama", "gemma3", "mamba", "lfm2", "qwen35", "bert"]
 ARCHS: Final[tuple[Arch, ...]] = ("llama", "gemma3", "mamba", "lfm2", "qwen35")
+"""Those that generate."""
 
 # Token types of the GGUF field tokenizer.ggml.token_type.
 _NORMAL: Final = 1
@@ -86,31 +88,37 @@ class _Shape:
     longrope: bool
     head_dim: int
     n_vocab: int
+    says_causal: bool
 
 
 class _Weights:
     """Adds random tensors; shapes are in ggml's order, fastest dimension first."""
 
-    def __init__(self, writer: GGUFWriter, seed: int) -> None:
+    def __init__(self, writer: GGUFWriter, seed: int, *, there: bool) -> None:
         self.writer = writer
         self.seed = seed
+        self.there = there
 
     def _rng(self, name: str) -> np.random.Generator:
         digest = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
         return np.random.default_rng(np.frombuffer(digest, dtype=np.uint64))
 
+    def _add(self, name: str, values: np.ndarray[Any, Any]) -> None:
+        if self.there:
+            self.writer.add_tensor(name, values)
+
     def matrix(
         self, name: str, ne0: int, ne1: int, gain: float = 1.0, dtype: type[Any] = np.float16
     ) -> None:
         values = self._rng(name).standard_normal((ne1, ne0)) * (gain / np.sqrt(ne0))
-        self.writer.add_tensor(name, values.astype(dtype))
+        self._add(name, values.astype(dtype))
 
     def vector(self, name: str, n: int, mean: float = 1.0, std: float = 0.1) -> None:
         values = mean + std * self._rng(name).standard_normal(n)
-        self.writer.add_tensor(name, values.astype(np.float32))
+        self._add(name, values.astype(np.float32))
 
     def exact(self, name: str, values: Any) -> None:
-        self.writer.add_tensor(name, np.ascontiguousarray(values, dtype=np.float32))
+        self._add(name, np.ascontiguousarray(values, dtype=np.float32))
 
     def attention(
         self,
@@ -130,6 +138,14 @@ class _Weights:
         if qk_norm:
             self.vector(prefix + "attn_q_norm.weight", head_dim, 1.5)
             self.vector(prefix + "attn_k_norm.weight", head_dim, 1.5)
+
+    def biased(self, name: str, ne0: int, ne1: int, gain: float = 1.0) -> None:
+        self.matrix(name + ".weight", ne0, ne1, gain)
+        self.vector(name + ".bias", ne1, 0.0)
+
+    def layer_norm(self, name: str, n: int) -> None:
+        self.vector(name + ".weight", n)
+        self.vector(name + ".bias", n, 0.0)
 
     def swiglu(self, prefix: str, d: int, hidden: int) -> None:
         self.matrix(prefix + "ffn_gate.weight", d, hidden)
@@ -319,12 +335,38 @@ def _qwen35(w: GGUFWriter, t: _Weights, shape: _Shape) -> int:
     return d
 
 
+def _bert(w: GGUFWriter, t: _Weights, shape: _Shape) -> int:
+    d, heads, hidden = 64, 4, 128
+    w.add_block_count(shape.layers)
+    w.add_context_length(shape.context_length)
+    w.add_embedding_length(d)
+    w.add_feed_forward_length(hidden)
+    w.add_head_count(heads)
+    w.add_layer_norm_eps(1e-5)
+    if shape.says_causal:
+        w.add_causal_attention(False)
+    w.add_token_type_count(2)
+    t.matrix("token_types.weight", d, 2, 1.0, np.float32)
+    t.matrix("position_embd.weight", d, shape.context_length, 1.0, np.float32)
+    t.layer_norm("token_embd_norm", d)
+    for layer in range(shape.layers):
+        prefix = f"blk.{layer}."
+        for name in ("attn_q", "attn_k", "attn_v", "attn_output"):
+            t.biased(prefix + name, d, d)
+        t.layer_norm(prefix + "attn_output_norm", d)
+        t.biased(prefix + "ffn_up", d, hidden)
+        t.biased(prefix + "ffn_down", hidden, d)
+        t.layer_norm(prefix + "layer_output_norm", d)
+    return d
+
+
 _BUILDERS: Final[dict[Arch, Callable[[GGUFWriter, _Weights, _Shape], int]]] = {
     "llama": _llama,
     "gemma3": _gemma3,
     "mamba": _mamba,
     "lfm2": _lfm2,
     "qwen35": _qwen35,
+    "bert": _bert,
 }
 
 
@@ -340,13 +382,20 @@ def write_tiny_gguf(
     head_dim: int = 64,
     tags: Literal["control", "user"] = "control",
     add_bos: bool = False,
+    add_eos: bool = False,
+    pooling: int | None = None,
+    says_causal: bool = True,
+    vocab_only: bool = False,
 ) -> Path:
     """Write a model of ``arch`` (0.4 to 1.4 MB) and return its path.
 
     ``window``: tokens of gemma3's sliding window. ``context_length``: what the metadata says
     the model was trained with. ``longrope``: llama with two sets of RoPE factors.
     ``head_dim``: width of llama's attention heads. ``tags``: whether ``<think>`` and its like
-    are control tokens or user-defined ones. ``add_bos``: whether the model asks for a BOS.
+    are control tokens or user-defined ones. ``add_bos``, ``add_eos``: whether the model asks for
+    them around a text. ``pooling``: how its embeddings are pooled, a number of llama.h.
+    ``says_causal``: whether bert's metadata says that its attention is not causal.
+    ``vocab_only``: leave all tensors out.
     """
     vocabulary = _vocabulary(_USER_DEFINED if tags == "user" else _CONTROL)
     shape = _Shape(
@@ -358,16 +407,22 @@ def write_tiny_gguf(
         longrope=longrope,
         head_dim=head_dim,
         n_vocab=len(vocabulary),
+        says_causal=says_causal,
     )
     writer = GGUFWriter(path, arch)
     writer.add_name(f"tiny-{arch}-{seed}")
     _add_tokenizer(writer, vocabulary, add_bos=add_bos)
-    weights = _Weights(writer, seed)
+    if add_eos:
+        writer.add_add_eos_token(True)
+    if pooling is not None:
+        writer.add_uint32(f"{arch}.pooling_type", pooling)
+    weights = _Weights(writer, seed, there=not vocab_only)
     d = _BUILDERS[arch](writer, weights, shape)
     weights.matrix("token_embd.weight", d, shape.n_vocab, float(np.sqrt(d)))
-    weights.matrix("output.weight", d, shape.n_vocab, 3.0)
-    norm = "token_embd_norm.weight" if arch == "lfm2" else "output_norm.weight"
-    weights.vector(norm, d)
+    if arch != "bert":
+        weights.matrix("output.weight", d, shape.n_vocab, 3.0)
+        norm = "token_embd_norm.weight" if arch == "lfm2" else "output_norm.weight"
+        weights.vector(norm, d)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

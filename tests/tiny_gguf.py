@@ -71,8 +71,9 @@ CHAT_TEMPLATE: Final = (
     "{%- for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
     "{%- endfor %}"
     "{%- if add_generation_prompt %}<|im_start|>assistant\n"
-    "{%- if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n"
-    "{%- endif %}{%- endif %}"
+    # No dash here: it would take the line end off that every later turn has.
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n"
+    "{% endif %}{% endif %}"
 )
 
 
@@ -112,6 +113,12 @@ class _Weights:
     ) -> None:
         values = self._rng(name).standard_normal((ne1, ne0)) * (gain / np.sqrt(ne0))
         self._add(name, values.astype(dtype))
+
+    def output(self, d: int, gains: Sequence[float]) -> None:
+        """A row for each token. Where it is zero, whatever the state, others are likelier."""
+        name = "output.weight"
+        values = self._rng(name).standard_normal((len(gains), d)) * (3.0 / np.sqrt(d))
+        self._add(name, (values * np.array(gains)[:, None]).astype(np.float16))
 
     def vector(self, name: str, n: int, mean: float = 1.0, std: float = 0.1) -> None:
         values = mean + std * self._rng(name).standard_normal(n)
@@ -192,6 +199,16 @@ def _add_tokenizer(w: GGUFWriter, vocabulary: Sequence[tuple[str, int]], *, add_
     w.add_pad_token_id(texts.index(PAD))
     w.add_add_bos_token(add_bos)
     w.add_chat_template(CHAT_TEMPLATE)
+
+
+def _gain(token: str, says: str) -> float:
+    """How far a token's logits are spread: what spreads is often the largest."""
+    if says == "anything":
+        return 1.0
+    if token in TAGS:
+        return 2.0 if says == "tags" else 0.0
+    text = token.replace("\u0120", " ")
+    return float(text.isascii() and text.isprintable() and not text.startswith("<|"))
 
 
 # ---------------------------------------------------------- architectures
@@ -384,6 +401,7 @@ def write_tiny_gguf(
     add_bos: bool = False,
     add_eos: bool = False,
     pooling: int | None = None,
+    says: Literal["anything", "text", "tags"] = "anything",
     says_causal: bool = True,
     vocab_only: bool = False,
 ) -> Path:
@@ -394,6 +412,7 @@ def write_tiny_gguf(
     ``head_dim``: width of llama's attention heads. ``tags``: whether ``<think>`` and its like
     are control tokens or user-defined ones. ``add_bos``, ``add_eos``: whether the model asks for
     them around a text. ``pooling``: how its embeddings are pooled, a number of llama.h.
+    ``says``: what is drawn, with a ``min_p``: any token, printable ASCII alone, or that and tags.
     ``says_causal``: whether bert's metadata says that its attention is not causal.
     ``vocab_only``: leave all tensors out.
     """
@@ -420,7 +439,7 @@ def write_tiny_gguf(
     d = _BUILDERS[arch](writer, weights, shape)
     weights.matrix("token_embd.weight", d, shape.n_vocab, float(np.sqrt(d)))
     if arch != "bert":
-        weights.matrix("output.weight", d, shape.n_vocab, 3.0)
+        weights.output(d, [_gain(token, says) for token, _ in vocabulary])
         norm = "token_embd_norm.weight" if arch == "lfm2" else "output_norm.weight"
         weights.vector(norm, d)
     writer.write_header_to_file()

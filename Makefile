@@ -3,7 +3,7 @@
 #   make demo    see the cache at work, on a small real model
 #   make test    what must pass before a change is accepted
 #   make fast    the same without a model
-#   make long    what takes a quarter of an hour: random crashes and property runs
+#   make long    what takes half an hour: random crashes, property runs and soaks
 #   make bench-cache    the cache's figures beside their targets; TRACE=file replays another trace
 #
 # Each sets .venv up first; make PYTHON=python3.12 chooses the interpreter it is made with.
@@ -33,13 +33,13 @@ demo: setup
 	@$(BIN)/erllama demo
 
 test: lint types
-	$(BIN)/pytest -m "not (crash or fuzz)"
+	$(BIN)/pytest -m "not (crash or fuzz or soak)"
 
 fast: lint types
-	$(BIN)/pytest -m "not (crash or fuzz or real_model)"
+	$(BIN)/pytest -m "not (crash or fuzz or soak or real_model or packaging)"
 
 long: setup
-	$(BIN)/pytest -m "crash or fuzz"
+	$(BIN)/pytest -m "crash or fuzz or soak"
 
 bench-cache: setup
 	$(BIN)/python bench/cache.py $(if $(TRACE),--trace $(TRACE))

@@ -1,10 +1,18 @@
 """The hooks that a plugin may implement.
 
-Hooks discover, objects work: each is called once, when a plugin host is made, on the thread
-that makes it, before any model is loaded. A hook must return quickly and must not start
-native libraries; that is for a provider's ``factory``, at first use. A hook that raises, or
-returns something else than told here, takes only its own plugin out: the failure is kept
-and listed by ``erllama plugins``. A plugin implements any subset.
+Hooks discover, objects work: those that return providers are called once, when a plugin host is
+made, on the thread that makes it, before any model is loaded. Such a hook must return quickly
+and must not start native libraries; that is for a provider's ``factory``, at first use. One that
+raises, or returns something else than told here, takes only its own plugin out: the failure is
+kept and listed by ``erllama plugins``.
+
+Those that are told of something are called by an engine whenever it happens, on one thread of
+the engine's own that does nothing else, one after another in the order of what happened. They
+may block, which delays the other listeners and no request; while too many notifications wait,
+further ones are dropped and counted. What they return is ignored; what they raise is logged, and
+the next notification comes as usual.
+
+A plugin implements any subset.
 """
 
 from __future__ import annotations
@@ -14,6 +22,12 @@ from typing import Final
 
 import pluggy
 
+from erllama_core.interfaces.telemetry import (
+    CacheEvent,
+    ModelLoaded,
+    PressureSampled,
+    RequestFinished,
+)
 from erllama_core.providers import (
     BackendProvider,
     PressureProvider,
@@ -47,3 +61,23 @@ def erllama_pressure_sources() -> Sequence[PressureProvider]:  # type: ignore[em
 @hookspec
 def erllama_stream_processors() -> Sequence[StreamProcessorProvider]:  # type: ignore[empty-body]
     """Stream processors, chosen and ordered by a model's ``processors``."""
+
+
+@hookspec
+def erllama_model_loaded(event: ModelLoaded) -> None:
+    """A model can take requests."""
+
+
+@hookspec
+def erllama_request_finished(event: RequestFinished) -> None:
+    """A request's caller was answered."""
+
+
+@hookspec
+def erllama_cache_event(event: CacheEvent) -> None:
+    """A stored object came into a tier, did not, or left it. One call for each object and tier."""
+
+
+@hookspec
+def erllama_pressure_sampled(event: PressureSampled) -> None:
+    """The pressure monitor has read its sources, and acted on what it read."""

@@ -17,7 +17,7 @@ from typing import Any, Final, Literal, overload
 import attrs
 import pluggy
 
-from erllama_core import builtin, hookspecs
+from erllama_core import builtin, hookspecs, telemetry
 from erllama_core.errors import PluginFailed, nearest
 from erllama_core.interfaces.log import get_logger
 from erllama_core.providers import (
@@ -52,9 +52,15 @@ HOOKS: Final[dict[str, ProviderKind]] = {
 }
 """What the records that a hook returns are."""
 
+NOTIFICATIONS: Final = tuple(telemetry.HOOKS.values())
+"""The hooks that are told of something, and return nothing."""
+
+_ALL_HOOKS: Final = (*HOOKS, *NOTIFICATIONS)
+
 CORE_DISTRIBUTION: Final = "erllama-core"
 
 PluginState = Literal["ok", "unavailable", "failed", "blocked"]
+ListedKind = ProviderKind | Literal["listener"]
 
 
 @attrs.frozen
@@ -62,8 +68,9 @@ class PluginListing:
     """One line of ``erllama plugins``: a provider, or a plugin that has none to show."""
 
     name: str
-    """The provider's name; for a plugin that failed or is blocked, the plugin's."""
-    kind: ProviderKind | None
+    """The provider's name; for a listener, and for a plugin that failed or is blocked, the
+    plugin's."""
+    kind: ListedKind | None
     """None for a plugin that failed or is blocked."""
     distribution: str | None
     """None for what was registered by a call."""
@@ -100,6 +107,7 @@ class PluginHost:
         self._manager = pluggy.PluginManager(hookspecs.PROJECT)
         self._manager.add_hookspecs(hookspecs)
         self.registry: Final = Registry()
+        self._listeners: Final[dict[str, list[tuple[Origin, telemetry.Listener]]]] = {}
         core = Origin("builtin", CORE_DISTRIBUTION, _version(CORE_DISTRIBUTION))
         self._load(builtin, core)
         if discover:
@@ -125,8 +133,17 @@ class PluginHost:
         provider: Provider = self.registry.get(kind, name)
         return provider
 
+    @property
+    def listeners(self) -> dict[str, tuple[telemetry.Listener, ...]]:
+        """Who wants to be told of what, by the name of the hook."""
+        with self._lock:
+            return {
+                hook: tuple(listener for _, listener in found)
+                for hook, found in self._listeners.items()
+            }
+
     def listing(self) -> tuple[PluginListing, ...]:
-        """One row per provider, then the plugins that failed, then those that are blocked.
+        """One row per provider, then listeners, plugins that failed, and those that are blocked.
 
         Runs every probe that has not run yet.
         """
@@ -135,11 +152,22 @@ class PluginHost:
     def _rows(self) -> Iterator[PluginListing]:
         for claim in self.registry.claims():
             yield self._provider_row(claim)
+        yield from self._listener_rows()
         for failure in self.registry.failures:
             reason = f"{failure.stage}: {one_line(failure.cause)}"
             yield _plugin_row(failure.origin, "failed", reason)
         for blocked in self.registry.blocked:
             yield _plugin_row(blocked.origin, "blocked", blocked.reason)
+
+    def _listener_rows(self) -> Iterator[PluginListing]:
+        told: dict[Origin, list[str]] = {}
+        with self._lock:
+            for hook, found in self._listeners.items():
+                for origin, _ in found:
+                    told.setdefault(origin, []).append(hook)
+        for origin, hooks in told.items():
+            row = _plugin_row(origin, "ok", None)
+            yield attrs.evolve(row, kind="listener", summary=f"listens: {', '.join(hooks)}")
 
     def _provider_row(self, claim: Claim) -> PluginListing:
         state: PluginState = "ok"
@@ -218,6 +246,8 @@ class PluginHost:
             registered = True
             claims: list[Claim] = []
             for hook in hooks:
+                if hook in NOTIFICATIONS:
+                    continue
                 stage = "hook"
                 returned = self._call(plugin, hook)
                 stage = "validate"
@@ -227,6 +257,10 @@ class PluginHost:
                 self._manager.unregister(plugin)
             return self._fail(origin, stage, error, tuple(named))
         self.registry.add(claims)
+        for hook in hooks:
+            if hook in NOTIFICATIONS:
+                found = self._listeners.setdefault(hook, [])
+                found.append((origin, self._listener(plugin, hook, origin)))
         return None
 
     def _check_hooks(self, plugin: object) -> list[str]:
@@ -244,10 +278,11 @@ class PluginHost:
                 _check_unmarked(plugin, attribute)
                 continue
             hook = options.get("specname") or attribute
-            if hook not in HOOKS:
-                guess = nearest(hook, HOOKS)
+            if hook not in _ALL_HOOKS:
+                guess = nearest(hook, _ALL_HOOKS)
                 hint = f"; did you mean {guess!r}?" if guess else ""
-                raise NameError(f"there is no hook {hook!r}{hint} Known: {', '.join(HOOKS)}.")
+                known = ", ".join(_ALL_HOOKS)
+                raise NameError(f"there is no hook {hook!r}{hint} Known: {known}.")
             if options.get("wrapper") or options.get("hookwrapper"):
                 raise TypeError(
                     f"{attribute} is a hook wrapper; every implementation is called by itself, "
@@ -258,19 +293,25 @@ class PluginHost:
             raise TypeError(
                 "it implements no hook; mark its functions with erllama_core.hookspecs.hookimpl"
             )
-        return sorted(found, key=list(HOOKS).index)
+        return sorted(found, key=_ALL_HOOKS.index)
 
-    def _call(self, plugin: object, hook: str) -> object:
+    def _implementation(self, plugin: object, hook: str) -> pluggy.HookImpl:
         # pluggy's own call runs all implementations, and one that raises loses the results of
         # every other.
         caller: pluggy.HookCaller = getattr(self._manager.hook, hook)
-        (function,) = (
-            implementation.function
-            for implementation in caller.get_hookimpls()
-            if implementation.plugin is plugin
-        )
-        returned: object = function()
+        (found,) = (one for one in caller.get_hookimpls() if one.plugin is plugin)
+        return found
+
+    def _call(self, plugin: object, hook: str) -> object:
+        returned: object = self._implementation(plugin, hook).function()
         return returned
+
+    def _listener(self, plugin: object, hook: str, origin: Origin) -> telemetry.Listener:
+        implementation = self._implementation(plugin, hook)
+        function = implementation.function
+        if implementation.argnames:
+            return telemetry.Listener(origin.plugin, function)
+        return telemetry.Listener(origin.plugin, lambda _: function())
 
     def _fail(
         self,
@@ -292,7 +333,7 @@ class PluginHost:
         return failure
 
 
-def _plugin_row(origin: Origin, state: PluginState, reason: str) -> PluginListing:
+def _plugin_row(origin: Origin, state: PluginState, reason: str | None) -> PluginListing:
     return PluginListing(
         name=origin.plugin,
         kind=None,
@@ -336,7 +377,7 @@ def _distributions() -> Iterator[importlib.metadata.Distribution]:
 
 def _check_unmarked(plugin: object, attribute: str) -> None:
     """Refuse a function that is named like a hook and was not marked as one."""
-    if attribute not in HOOKS:
+    if attribute not in _ALL_HOOKS:
         return
     function = inspect.getattr_static(plugin, attribute)
     if inspect.isfunction(function) and function.__module__ != hookspecs.__name__:

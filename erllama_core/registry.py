@@ -55,6 +55,7 @@ OFFICIAL: Final[dict[tuple[ProviderKind, str], str]] = {
     ("backend", "stub"): "erllama-backend-stub",
     ("tier", "disk"): "erllama-tier-disk",
     ("tier", "ram_file"): "erllama-tier-disk",
+    ("tier", "redis"): "erllama-tier-redis",
     ("pressure", "system"): "erllama-pressure-system",
     ("pressure", "nvidia"): "erllama-pressure-nvidia",
 }

@@ -153,6 +153,8 @@ class Prefill:
     committed_tokens: int
     cache_hit_kind: HitKind
     cache_delta: CacheDelta
+    is_pinned: bool = False
+    """Whether a tier keeps it, as ``pin=True`` asks; False where nothing was saved, too."""
 
 
 @attrs.frozen

@@ -49,7 +49,7 @@ def test_shared_cells_are_counted_once(
         assert ledger.free == 1000 - ledger.used
         for one, held in cells.items():
             others = set().union(*(set(c) for other, c in cells.items() if other != one))
-            assert ledger.exclusive(one) == len(set(held) - others)
+            assert ledger.exclusive({one}) == len(set(held) - others)
 
 
 def test_cells_of_their_own_are_not_booked() -> None:
@@ -59,4 +59,4 @@ def test_cells_of_their_own_are_not_booked() -> None:
     ledger.share(0, 1, 10**9)
     assert not ledger.is_pooled
     assert ledger.free > 10**12
-    assert ledger.exclusive(0) == 0
+    assert ledger.exclusive({0}) == 0

@@ -334,7 +334,7 @@ def test_every_option_of_a_plugin_is_in_its_readme() -> None:
     seen = set()
     for row in host.listing():
         folder = shipped.get(row.distribution or "")
-        if folder is None or row.kind is None or row.state != "ok":
+        if folder is None or row.kind is None or row.kind == "listener" or row.state != "ok":
             continue
         seen.add(folder.name)
         readme = (folder / "README.md").read_text("utf-8")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 
 import pytest
 
 from erllama_backend_stub.faults import gate
-from erllama_core import TextDelta
+from erllama_core import AsyncEngine, Engine, TextDelta
 from erllama_core.errors import PromptTooLong
 from stub_engine import load_stub, make_engine
 
@@ -73,6 +74,54 @@ def test_cancelling_the_task_cancels_the_request() -> None:
                 await task
             held.open()
             done = await engine.aio.complete(model, "next", response_tokens=2)
+            assert len(done.generated) == 2
+
+    asyncio.run(run())
+
+
+def test_every_blocking_call_has_a_twin() -> None:
+    """What engine.aio lacks of the engine's methods waits for nothing."""
+    at_once = {
+        "cancel",
+        "detokenize",
+        "end_session",
+        "from_config",
+        "last_cache_hit",
+        "model",
+        "model_info",
+        "models",
+        "phase",
+        "pending_len",
+        "queue_depth",
+        "verify_thinking",
+        "why",
+    }
+    methods = {
+        name for name, value in vars(Engine).items() if callable(value) or name == "from_config"
+    }
+    public = {name for name in methods if not name.startswith("_")}
+    assert public - set(vars(AsyncEngine)) == at_once
+    for name in public - at_once:
+        expected = list(inspect.signature(getattr(Engine, name)).parameters)
+        if name != "apply_chat_template":  # its keywords pass through
+            assert list(inspect.signature(getattr(AsyncEngine, name)).parameters) == expected
+
+
+def test_cancelling_a_task_cancels_its_prefill() -> None:
+    """A prefill whose task is cancelled leaves its sequence to others."""
+
+    async def run() -> None:
+        held = gate("twin of prefill")
+        with make_engine() as engine:
+            model = load_stub(engine, faults={"hang_gate": "twin of prefill", "hang_step": 1})
+            task = asyncio.ensure_future(engine.aio.prefill_only(model, PROMPT))
+            assert await asyncio.to_thread(held.wait_reached, 10)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            held.open()
+            assert await asyncio.to_thread(model.settle, 10)
+            done = await engine.aio.complete(model, PROMPT, response_tokens=2)
             assert len(done.generated) == 2
 
     asyncio.run(run())

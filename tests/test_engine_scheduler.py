@@ -422,6 +422,50 @@ def test_prefill_only_computes_and_saves(engine: Engine, kv_class: str) -> None:
 
 
 @pytest.mark.parametrize("kv_class", KV_CLASSES)
+def test_a_prefill_can_be_pinned(engine: Engine, kv_class: str) -> None:
+    """What is pinned stays when everything else goes, and is an exact hit afterwards."""
+    model = load_stub(engine, kv_class=kv_class)
+    warm = model.prefill_only(SHARED, pin=True)
+    assert warm.is_pinned
+    assert warm.finish_key is not None
+    model.complete("Something else entirely, which is not pinned. " * 3, response_tokens=5)
+    engine.flush()
+    engine.cache.gc()
+    done = model.complete(SHARED, response_tokens=5)
+    assert (done.cache_hit_kind, done.cache_delta.read) == ("exact", len(SHARED))
+    same_as_alone(done, kv_class)
+    engine.cache.unpin(warm.finish_key)
+    engine.flush()
+    engine.cache.gc()
+    assert model.prefill_only(SHARED).cache_hit_kind == "cold"
+
+
+def test_what_is_not_saved_is_not_pinned(engine: Engine) -> None:
+    """A prompt that is too short, or that no tier takes, is computed, and not pinned."""
+    model = load_stub(engine)
+    assert not model.prefill_only("short", pin=True).is_pinned
+    nowhere = load_stub(engine, "nowhere", tier=[])
+    assert not nowhere.prefill_only(SHARED, pin=True).is_pinned
+
+
+def test_a_request_is_cancelled_by_its_id(engine: Engine) -> None:
+    """Whoever has the id can end the request; one that is over, or unknown, is a no-op."""
+    held = gate("cancel by id")
+    model = load_stub(engine, faults={"hang_step": 3, "hang_gate": "cancel by id"})
+    stream = model.infer(SHARED, response_tokens=800)
+    assert held.wait_reached(10)
+    engine.cancel(stream.request_id)
+    engine.cancel(stream.request_id)
+    held.open()
+    done = stream.result()
+    assert done.stats.cancelled
+    assert len(done.generated) < 800
+    engine.cancel(stream.request_id)
+    engine.cancel(1 << 40)
+    engine.cancel(stream)
+
+
+@pytest.mark.parametrize("kv_class", KV_CLASSES)
 @pytest.mark.parametrize("salt", [None, "other"])
 def test_residents_serve_who_goes_on_from_them(
     engine: Engine, kv_class: str, salt: str | None

@@ -45,6 +45,7 @@ from erllama_core.interfaces.block import (
     verify_object,
 )
 from erllama_core.interfaces.log import get_logger
+from erllama_core.interfaces.telemetry import CacheEvent
 from erllama_core.prompt import pack
 from erllama_core.results import CacheKey
 
@@ -54,6 +55,9 @@ MAX_INFLIGHT_BYTES: Final = 256 << 20
 READ_TIMEOUT_S: Final = 5.0
 WRITE_TIMEOUT_S: Final = 30.0
 POOL_IDLE_BYTES: Final = 64 << 20
+SHIPPED_KINDS: Final = frozenset({"ram", "ram_file", "disk", "redis"})
+"""May be named also where there is no tier of that kind: "what is in memory" is the same words
+everywhere."""
 _PIN_PATIENCE_S: Final = 10.0
 """What is to be pinned may have to be written first, or found by the scan."""
 
@@ -62,8 +66,9 @@ class Cache:
     """Objects in tiers, found by content. Thread-safe; a context manager.
 
     Opening starts a scan of the tiers in the background. With ``upkeep``, what other processes
-    do in shared tiers is followed, and they are kept to their quota. After a fork the child must
-    open a cache of its own: every use of the parent's raises EngineClosed there.
+    do in shared tiers is followed, and they are kept to their quota. ``on_event`` is told what
+    becomes of objects, on whatever thread it happens; it must not wait. After a fork the child
+    must open a cache of its own: every use of the parent's raises EngineClosed there.
     """
 
     def __init__(
@@ -77,12 +82,14 @@ class Cache:
         write_timeout_s: float = WRITE_TIMEOUT_S,
         marks_share: float = MARKS_SHARE,
         upkeep: bool = True,
+        on_event: Callable[[CacheEvent], None] | None = None,
     ) -> None:
         self._pid: Final = os.getpid()
         self._closing: Final = threading.Lock()
         self._closed = False
         self._write_timeout_s: Final = write_timeout_s
         self._catalog: Final = Catalog(tiers, PagePool(POOL_IDLE_BYTES), marks_share)
+        self._catalog.on_event = on_event
         self._pinning: Final = Pinning(self._catalog)
         self.loader_threads: Final = loader_threads
         self._loader: Final = Loader(
@@ -220,12 +227,13 @@ class Cache:
         """Free at least ``n_bytes``, least worth first, from the tiers named (None: all).
 
         ``tiers`` holds names or kinds. Frees less when no more can go: what is in use or
-        pinned stays. Raises ValueError for a name that no tier has.
+        pinned stays. Raises ValueError for a name that is neither a tier's nor a kind's.
         """
         catalog = self._open()
         if isinstance(tiers, str):
             tiers = (tiers,)
         known = {word for store in catalog.stores.values() for word in (store.name, store.kind)}
+        known |= SHIPPED_KINDS
         for name in tiers or ():
             if name not in known:
                 raise ValueError(unknown_name("tier", name, known))

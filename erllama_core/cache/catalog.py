@@ -18,7 +18,9 @@ from erllama_core.cache.tiers import NamedTier, TierStore
 from erllama_core.errors import CacheError, TierFull, unknown_name
 from erllama_core.interfaces.block import ObjectId, ObjectKind
 from erllama_core.interfaces.log import get_logger
+from erllama_core.interfaces.telemetry import CacheAction, CacheEvent
 from erllama_core.interfaces.tier import Pages
+from erllama_core.results import CacheKey
 
 log = get_logger("erllama.cache")
 
@@ -66,6 +68,8 @@ class Catalog:
         ] = _pass_nothing_on
         """Called under the lock with what is evicted, which is in the tier still; what it
         returns is called without the lock, before anything is deleted."""
+        self.on_event: Callable[[CacheEvent], None] | None = None
+        """Told of objects that come into tiers, do not, and leave them; must not wait."""
         self.clock: Callable[[], int] = time.time_ns
         """When objects are used, in nanoseconds; another one replays what was recorded."""
         self.stopwatch: Callable[[], float] = time.perf_counter
@@ -177,6 +181,28 @@ class Catalog:
             used_ns, hits = (self.clock(), 0) if use is None else (use.last_used_ns, use.hits)
             self.add_copy(store, entry, size, used_ns, save_reason, hits)
         self.counters.add("bytes_written", size)
+        self.report("stored", store, object_id, size, save_reason)
+
+    def report(
+        self,
+        action: CacheAction,
+        store: TierStore,
+        object_id: ObjectId,
+        size: int,
+        save_reason: str = "",
+    ) -> None:
+        """Tell whoever wants to know what became of an object. Under no lock."""
+        if self.on_event is not None:
+            self.on_event(
+                CacheEvent(
+                    action=action,
+                    tier=store.name,
+                    kind=object_id.kind.value,
+                    key=CacheKey(object_id.key),
+                    size_bytes=size,
+                    save_reason=save_reason,
+                )
+            )
 
     def add_copy(
         self,
@@ -230,7 +256,11 @@ class Catalog:
         """A copy is not what it claims to be: count it, forget it, remove it from its tier."""
         self.counters.add("corrupt")
         log.warning("object.corrupt", tier=store.name, object=str(object_id), reason=reason)
+        entry = self.get(object_id)
+        copy = None if entry is None else entry.copy_in(store)
         self.remove(store, object_id)
+        size, why = (0, "") if copy is None else (copy.size_bytes, copy.save_reason)
+        self.report("corrupt", store, object_id, size, why)
 
     def remove(self, store: TierStore, object_id: ObjectId) -> None:
         """Take an object out of a tier, as far as the tier lets go of it."""
@@ -385,6 +415,8 @@ class Catalog:
                 continue
             rows += gone > 0
             freed += gone
+            if gone:
+                self.report("evicted", store, entry.object_id, gone, copy.save_reason)
         if rows:
             self.counters.add("evictions", rows)
             log.debug("tier.evicted", tier=store.name, rows=rows, bytes=freed)

@@ -477,6 +477,9 @@ class Flow:
             self._unsynced[store].settle(entry.object_id, stored=stored)
         if not stored:
             self._catalog.counters.drop_in_tier(store.name)
+            self._catalog.report(
+                "dropped", store, entry.object_id, passage.size, passage.save_reason
+            )
         with self._catalog.lock:
             entry.writing = tuple(other for other in entry.writing if other is not store)
             passage.is_stored |= stored

@@ -37,6 +37,11 @@ class Match:
     mark: Entry | None = None
     """The logits at ``length``; then ``length`` is the whole prompt."""
 
+    @property
+    def has_state(self) -> bool:
+        """Whether there is anything to import, and not only logits."""
+        return bool(self.pieces) or self.snapshot is not None
+
     def within(self, cells: int) -> Match:
         """The part that can be imported where so many cells are free.
 

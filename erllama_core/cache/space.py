@@ -290,6 +290,11 @@ class ModelSpace:
                 return NewBlock(last.start, stop, last)
             return NewBlock(position, stop, None)
 
+    def covered(self, keys: ContextKeys, n: int) -> int:
+        """How many of the first ``n`` tokens of a context are stored in blocks, without a gap."""
+        with self._catalog.lock:
+            return self._finder.chain(keys, n)[0]
+
     def has_snapshot(self, keys: ContextKeys, position: int) -> bool:
         return self._has(ObjectKind.SNAPSHOT, keys, position)
 

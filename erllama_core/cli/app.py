@@ -56,6 +56,7 @@ _COMMANDS: Final = {
     "cache": "erllama_core.cli.cache:cache",
     "check": "erllama_core.cli.check:check",
     "demo": "erllama_core.cli.demo:demo",
+    "new-plugin": "erllama_core.cli.new_plugin:new_plugin",
     "plugins": "erllama_core.cli.plugins:plugins",
     "why": "erllama_core.cli.why:why",
 }

@@ -65,11 +65,15 @@ class AsyncEngine:
         *,
         parent_key: CacheKey | None = None,
         cache_salt: str | None = None,
+        pin: bool = False,
     ) -> Prefill:
         """See :meth:`Engine.prefill_only`."""
-        return await asyncio.to_thread(
-            self._sync.prefill_only, model, prompt, parent_key=parent_key, cache_salt=cache_salt
+        found = self._sync.model(model) if isinstance(model, str) else model
+        stream = await asyncio.to_thread(
+            found.start_prefill, prompt, parent_key=parent_key, cache_salt=cache_salt
         )
+        stats = (await stream.result_async()).stats
+        return await asyncio.to_thread(found.prefill_of, stats, pin=pin)
 
     async def continue_session(
         self,

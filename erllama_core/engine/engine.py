@@ -8,7 +8,7 @@ import itertools
 import os
 import threading
 import time
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Self, Unpack
 
@@ -37,6 +37,12 @@ from erllama_core.errors import (
 )
 from erllama_core.host import PluginHost
 from erllama_core.interfaces.log import get_logger
+from erllama_core.interfaces.telemetry import (
+    CacheEvent,
+    ModelLoaded,
+    Notification,
+    RequestFinished,
+)
 from erllama_core.model.loading import open_model
 from erllama_core.model.model import Model, ModelRef, PromptLike, ReplySetup
 from erllama_core.model.options import ReplyKwargs, RequestKwargs
@@ -54,6 +60,7 @@ from erllama_core.results import (
 from erllama_core.signing import NoSignature
 from erllama_core.stream.pipeline import Stage
 from erllama_core.stream.stream import Stream
+from erllama_core.telemetry import Notifier
 
 log = get_logger("erllama.engine")
 
@@ -82,6 +89,7 @@ class Engine:
         )
         for path in not_yet_effective(self._config):
             log.warning("config.no_effect_yet", path=path)
+        self._notifier: Final = Notifier(self.plugins.listeners)
         settings = self._config.cache
         self._cache: Final = Cache(
             self._open_tiers(),
@@ -91,6 +99,7 @@ class Engine:
             marks_share=settings.marks_share,
             read_timeout_s=settings.read_timeout_ms / 1000,
             write_timeout_s=settings.write_timeout_ms / 1000,
+            on_event=self._teller(CacheEvent),
         )
         self._lock: Final = threading.Lock()
         self._closing: Final = threading.Lock()
@@ -99,7 +108,6 @@ class Engine:
         self._ids: Final = itertools.count(1)
         self._closed = False
         self.aio: Final = AsyncEngine(self)
-        # What is still in save buffers when a program ends without closing is written.
         # What is still in save buffers when a program ends without closing is written. The
         # engine's threads would outlive it otherwise, so until it is closed it stays.
         self._at_exit: Final = functools.partial(_close_at_exit, self, self._pid)
@@ -122,6 +130,10 @@ class Engine:
             engine.close()
             raise
         return engine
+
+    def _teller(self, kind: type[Notification]) -> Callable[[Notification], None] | None:
+        """What notifications of a kind are given to; None when no plugin listens to them."""
+        return self._notifier.tell if self._notifier.listens_to(kind) else None
 
     def _open_tiers(self) -> list[NamedTier]:
         opened: list[NamedTier] = []
@@ -157,6 +169,7 @@ class Engine:
             if name in self._models or name in self._loading:
                 raise AlreadyLoaded(f"a model is loaded as {name!r}; unload it or use another id")
             self._loading.add(name)
+        started = time.perf_counter()
         try:
             provider = self.plugins.get("backend", chosen.backend)
             parts = open_model(
@@ -168,14 +181,20 @@ class Engine:
                 tiers=self._usable_tiers(chosen),
                 policy=self._config.policy_for(chosen),
                 reply=self._reply_setup(chosen),
+                tell_finished=self._teller(RequestFinished),
             )
             model = Model(parts, self.unload)
             with self._lock:
-                if not self._closed:
+                is_open = not self._closed
+                if is_open:
                     self._models[name] = model
-                    return model
-            model.close()
-            raise EngineClosed("the engine was closed while the model was loading")
+            if not is_open:
+                model.close()
+                raise EngineClosed("the engine was closed while the model was loading")
+            if self._notifier.listens_to(ModelLoaded):
+                seconds = time.perf_counter() - started
+                self._notifier.tell(ModelLoaded(model=model.info(), seconds=seconds))
+            return model
         finally:
             with self._lock:
                 self._loading.discard(name)
@@ -278,10 +297,11 @@ class Engine:
         *,
         parent_key: CacheKey | None = None,
         cache_salt: str | None = None,
+        pin: bool = False,
     ) -> Prefill:
         """See :meth:`Model.prefill_only`."""
         return self._resolve(model).prefill_only(
-            prompt, parent_key=parent_key, cache_salt=cache_salt
+            prompt, parent_key=parent_key, cache_salt=cache_salt, pin=pin
         )
 
     def continue_session(
@@ -314,9 +334,17 @@ class Engine:
         """See :meth:`Model.why`."""
         return self._resolve(model).why(prompt, cache_salt=cache_salt)
 
-    def cancel(self, stream: Stream) -> None:
-        """End a request at its next token; ``Done`` still comes. Idempotent."""
-        stream.cancel()
+    def cancel(self, stream_or_request_id: Stream | int) -> None:
+        """End a request at its next token; ``Done`` still comes. Idempotent, unknown is a no-op.
+
+        The id is a stream's ``request_id``, so that it can be cancelled without the stream.
+        """
+        if isinstance(stream_or_request_id, Stream):
+            stream_or_request_id.cancel()
+            return
+        with self._lock:
+            loaded = list(self._models.values())
+        any(model.cancel(stream_or_request_id) for model in loaded)
 
     def tokenize(
         self,
@@ -429,6 +457,7 @@ class Engine:
             with self._lock:
                 self._models.clear()
             self._cache.close()
+            self._notifier.close()
             atexit.unregister(self._at_exit)
 
     def __enter__(self) -> Self:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Final
 
 
@@ -48,12 +49,13 @@ class CellLedger:
         """Cells that none holds; more than can be needed where they are not pooled."""
         return 1 << 62 if self._capacity is None else self._capacity - self.used
 
-    def exclusive(self, seq: int) -> int:
-        """Cells that would be free if the sequence were dropped."""
+    def exclusive(self, seqs: Collection[int]) -> int:
+        """Cells that would be free if all of these sequences were dropped."""
+        runs = {id(run): run for seq in seqs for run in self._sequences.get(seq, ())}
         total = 0
-        for run in self._sequences.get(seq, ()):
-            others = max((n for other, n in run.held.items() if other != seq), default=0)
-            total += max(0, run.held[seq] - others)
+        for run in runs.values():
+            others = max((n for seq, n in run.held.items() if seq not in seqs), default=0)
+            total += run.size - min(others, run.size)
         return total
 
     def grow(self, seq: int, tokens: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,6 +22,7 @@ from erllama_core.interfaces.backend import (
     Quantisation,
     Vocabulary,
 )
+from erllama_core.interfaces.telemetry import RequestFinished
 from erllama_core.model.fingerprint import (
     chunked_fingerprint,
     combined,
@@ -46,6 +47,7 @@ def open_model(
     tiers: Sequence[str],
     policy: SavePolicy,
     reply: ReplySetup,
+    tell_finished: Callable[[RequestFinished], None] | None = None,
 ) -> ModelParts:
     """Load the weights, open the context on a worker of its own, and join it to the cache.
 
@@ -125,6 +127,8 @@ def open_model(
         tiers=tuple(tiers),
         chat_template=config.chat_template or backend.chat_template,
         reply=reply,
+        cache=cache,
+        tell_finished=tell_finished,
     )
 
 

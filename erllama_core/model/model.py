@@ -10,7 +10,9 @@ from typing import Any, Final, Unpack
 
 import attrs
 
+from erllama_core.cache.cache import Cache
 from erllama_core.errors import (
+    CacheError,
     EngineClosed,
     InvalidPrompt,
     NoSession,
@@ -18,8 +20,10 @@ from erllama_core.errors import (
     PromptTooLong,
 )
 from erllama_core.interfaces.backend import BackendModel, Context, Embeds, Quantisation
+from erllama_core.interfaces.log import get_logger
 from erllama_core.interfaces.markers import ThinkingMarkers, ToolCallMarkers
 from erllama_core.interfaces.stream import ProcessorRequest, RunningSignature
+from erllama_core.interfaces.telemetry import RequestFinished
 from erllama_core.model.chat import check_chat, render_chat, render_text
 from erllama_core.model.chat_append import AppendOnlyCheck
 from erllama_core.model.explain import explain
@@ -38,12 +42,15 @@ from erllama_core.results import (
     Phase,
     Prefill,
     Replay,
+    Stats,
 )
 from erllama_core.stream.pipeline import Pipeline, Stage
 from erllama_core.stream.stream import Stream
 
 PromptLike = str | Prompt | Sequence[int]
 """Text, or token ids. Always the full context."""
+
+log = get_logger("erllama.model")
 
 _request_ids = itertools.count(1)
 
@@ -74,6 +81,9 @@ class ModelParts:
     tiers: tuple[str, ...]
     chat_template: str | None
     reply: ReplySetup
+    cache: Cache
+    tell_finished: Callable[[RequestFinished], None] | None
+    """Told of every request that is over, on the worker's thread; None: nobody wants to know."""
 
 
 class Model:
@@ -117,21 +127,48 @@ class Model:
         *,
         parent_key: CacheKey | None = None,
         cache_salt: str | None = None,
+        pin: bool = False,
     ) -> Prefill:
         """Compute a prompt and save it, without a reply; waits until it is computed.
 
-        Raises InvalidPrompt, PromptTooLong, EngineError, EngineClosed.
+        ``pin``: also wait until a tier has it, and keep it there as :meth:`Cache.pin` does;
+        ``engine.cache.unpin(finish_key)`` lets it go. Raises InvalidPrompt, PromptTooLong,
+        EngineError, EngineClosed.
         """
+        stream = self.start_prefill(prompt, parent_key=parent_key, cache_salt=cache_salt)
+        return self.prefill_of(stream.result().stats, pin=pin)
+
+    def start_prefill(
+        self,
+        prompt: PromptLike,
+        *,
+        parent_key: CacheKey | None = None,
+        cache_salt: str | None = None,
+    ) -> Stream:
+        """:meth:`prefill_only` without the wait: the stream has no event but its end."""
         self._check_open()
         chosen = RequestOptions(parent_key=parent_key, cache_salt=cache_salt)
-        request = self._request(self._as_prompt(prompt, chosen), chosen, generates=False)
-        stats = self._stream(request).result().stats
+        return self._stream(self._request(self._as_prompt(prompt, chosen), chosen, generates=False))
+
+    def prefill_of(self, stats: Stats, *, pin: bool = False) -> Prefill:
+        """What :meth:`prefill_only` returns, of how its request went. Blocks to pin."""
         return Prefill(
             finish_key=stats.finish_key,
             committed_tokens=stats.committed_tokens,
             cache_hit_kind=stats.cache_hit_kind,
             cache_delta=stats.cache_delta,
+            is_pinned=pin and stats.finish_key is not None and self._pin(stats.finish_key),
         )
+
+    def _pin(self, key: CacheKey) -> bool:
+        """Pin what an answered request has computed; whether it could be."""
+        self._worker.settle()
+        try:
+            self._parts.cache.pin(key)
+        except CacheError as error:  # trouble of the cache fails no request
+            log.warning("prefill.not_pinned", model=self.id, error=str(error))
+            return False
+        return True
 
     # ---------------------------------------------------------------- sessions
 
@@ -198,7 +235,21 @@ class Model:
             generates=generates,
             continues=continues,
             is_streamed=is_streamed,
+            on_answer=None if self._parts.tell_finished is None else self._answered,
         )
+
+    def _answered(self, request: Request, outcome: Stats | Exception) -> None:
+        tell = self._parts.tell_finished
+        assert tell is not None
+        if isinstance(outcome, Exception):
+            stats, error = getattr(outcome, "stats", None), outcome
+        else:
+            stats, error = outcome, None
+        tell(RequestFinished(model_id=self.id, request_id=request.id, stats=stats, error=error))
+
+    def cancel(self, request_id: int) -> bool:
+        """End a request at its next token, by its stream's ``request_id``; whether it runs."""
+        return self._worker.cancel_id(request_id)
 
     def _stream(self, request: Request, goes_on_from: bytes | None = None) -> Stream:
         worker = self._worker

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from erllama_core.cache.keys import ContextKeys
@@ -60,8 +61,10 @@ class Request:
         generates: bool = True,
         continues: bool = False,
         is_streamed: bool = False,
+        on_answer: Callable[[Request, Stats | Exception], None] | None = None,
     ) -> None:
         self.id: Final = request_id
+        self._on_answer: Final = on_answer
         self.options: Final = options
         self.prompt_tokens = len(prompt)
         self.may_respell: Final = prompt.text is not None
@@ -88,9 +91,17 @@ class Request:
         self.session: Session | None = None
         self.live: LiveSequence | None = None
         self.order = 0
-        """By when it was first given a sequence: the least one is never preempted."""
+        """By when it was first given a sequence: the least one is never preempted. 0: not yet."""
+        self.turn = 0
+        """When it last had a part of a step, in steps."""
         self.was_preempted = False
         """It had a sequence before, and lost it to others."""
+        self.is_counted = False
+        """What it found was counted; what it gets back of its own later is no hit."""
+        self.is_answered = False
+        """Its caller has been given its end, one way or the other."""
+        self.aborts = 0
+        """Steps in a row that were aborted for nothing that it did."""
         self.sticks = False
         """It goes on in the very cells of its session's last turn."""
         self.leader: Request | None = None
@@ -185,7 +196,6 @@ class Request:
         self.phase = Phase.QUEUED
         self.was_preempted = True
         self.live = self.leader = None
-        self.sticks = False
         self.stops.clear()
         self.computed = self.saved = self.tried = self.attempts = 0
 
@@ -203,8 +213,6 @@ class Request:
         """How it went, once generation has ended."""
         now = time.perf_counter()
         committed = self.length
-        if finish_reason == "cancelled" and not self.generated:
-            committed = self.computed  # of a prompt cut short, what was computed
         first = self.first_token_at
         return Stats(
             prompt_tokens=self.prompt_tokens,
@@ -219,7 +227,7 @@ class Request:
                 read=self.read, created=committed - self.read if finish_key is not None else 0
             ),
             restored_bytes=self.restored_bytes,
-            queue_s=self.admitted_at - self.submitted_at,
+            queue_s=(self.admitted_at if self.order else now) - self.submitted_at,
             restore_s=self.restore_s,
             prefill_s=self.prefill_s,
             first_token_s=None if first is None else first - self.submitted_at,
@@ -234,9 +242,17 @@ class Request:
             self.mailbox.put(event)
 
     def finish(self, stats: Stats) -> None:
-        """Deliver the end."""
-        self.mailbox.put(Done(stats))
+        """Deliver the end, unless there was one."""
+        self._answer(Done(stats), stats)
 
     def fail(self, error: Exception) -> None:
-        """Deliver an error instead of an end."""
-        self.mailbox.put(error)
+        """Deliver an error instead of an end, unless there was one."""
+        self._answer(error, error)
+
+    def _answer(self, end: Done | Exception, outcome: Stats | Exception) -> None:
+        if self.is_answered:
+            return
+        self.is_answered = True
+        self.mailbox.put(end)
+        if self._on_answer is not None:
+            self._on_answer(self, outcome)

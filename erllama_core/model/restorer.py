@@ -6,6 +6,7 @@ running request is about to compute. The longest wins; where they are equal, wha
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterable
 from typing import Final
@@ -20,6 +21,7 @@ from erllama_core.interfaces.log import get_logger
 from erllama_core.model.explain import examine
 from erllama_core.model.request import Phase, Request
 from erllama_core.model.sequences import LiveSequence, SequencePool, shared_tokens
+from erllama_core.results import CacheHit
 
 log = get_logger("erllama.model")
 
@@ -35,10 +37,11 @@ _WORTH_WAITING: Final = 32
 class Restorer:
     """Look-up, fetch, import, share. Used by the worker; only a fetch leaves its thread.
 
-    ``post`` runs something on the worker. ``running`` are the requests that have a sequence.
-    ``respell`` has a request go on with other tokens of its text if there is room for them.
-    When a request's sequence is as far as it gets, ``ready`` is called with the logits to sample
-    its first token from, if they were stored.
+    ``post`` runs something on the worker; what it raises there ends that request, as with
+    ``guard``. ``running`` are the requests that have a sequence. ``respell`` has a request go
+    on with other tokens of its text if there is room for them. When a request's sequence is as
+    far as it gets, ``ready`` is called with the logits to sample its first token from, if they
+    were stored.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class Restorer:
         n_vocab: int,
         *,
         post: Callable[[Request, Callable[[Request], None]], None],
+        guard: Callable[[Request, Callable[[Request], None]], None],
         running: Callable[[], Iterable[Request]],
         respell: Callable[[Request, bytes], bool],
         ready: Callable[[Request, Mark | None], None],
@@ -58,9 +62,12 @@ class Restorer:
         self._pool: Final = pool
         self._n_vocab: Final = n_vocab
         self._post: Final = post
+        self._guard: Final = guard
         self._running: Final = running
         self._respell: Final = respell
         self._ready: Final = ready
+        self.last_hit: CacheHit | None = None
+        """What the request found that was the last to be as far as it got."""
         self.outstanding = 0
         """Calls that other threads still owe; each one posts."""
 
@@ -162,7 +169,13 @@ class Restorer:
                 return True
             return False
         self.empty(request)
-        if not self._context.share(donor.seq, own.seq, length):
+        try:
+            shared = self._context.share(donor.seq, own.seq, length)
+        except Exception as error:  # noqa: BLE001 - a backend's own mistake
+            log.warning("share.refused", request=request.id, error=repr(error))
+            self._context.drop(own.seq)
+            shared = False
+        if not shared:
             return False
         self._pool.ledger.share(donor.seq, own.seq, length)
         request.computed = length
@@ -175,7 +188,8 @@ class Restorer:
         self._context.drop(live.seq)
         self._pool.ledger.drop(live.seq)
         request.computed = 0
-        request.sticks = False
+        if not request.is_counted:
+            request.sticks = False
 
     # ------------------------------------------------------------- shared prefill
 
@@ -203,22 +217,26 @@ class Restorer:
         leader.stops.add(common)
 
     def settle_followers(self) -> None:
-        """After a step: let those share whose leader is as far as they need it to be."""
+        """Before a step: let those share whose leader is as far as they need it to be."""
         for request in self._followers():
-            leader = request.leader
-            assert leader is not None
-            if leader.computed >= request.follow_until:
-                other, common = self._leader(request)
-                if other is not None and common - request.follow_until >= _WORTH_WAITING:
-                    self._follow(request, other, common)  # one that goes on further
-                else:
-                    self._share_with(request, leader)
-            elif leader.phase not in {Phase.LOADING, Phase.FOLLOWING, Phase.PREFILLING}:
-                # It went on with other tokens of its text.
-                self.start(request)
+            if request.phase is Phase.FOLLOWING:  # as one before may have ended it
+                self._guard(request, self._settle)
+
+    def _settle(self, request: Request) -> None:
+        leader = request.leader
+        assert leader is not None
+        if leader.computed >= request.follow_until:
+            other, common = self._leader(request)
+            if other is not None and common - request.follow_until >= _WORTH_WAITING:
+                self._follow(request, other, common)  # one that goes on further
+            else:
+                self._share_with(request, leader)
+        elif leader.phase not in {Phase.LOADING, Phase.FOLLOWING, Phase.PREFILLING}:
+            # It went on with other tokens of its text.
+            self.start(request)
 
     def hand_over(self, leader: Request) -> None:
-        """A request is about to lose its sequence: who waits for it carries on from there."""
+        """A request, which runs no longer, loses its sequence: who waits carries on from there."""
         left = [request for request in self._followers() if request.leader is leader]
         if not left:
             return
@@ -227,7 +245,7 @@ class Restorer:
             request.leader = heir
             request.follow_until = min(request.follow_until, heir.follow_until)
             heir.stops.add(request.follow_until)
-        self._share_with(heir, leader)
+        self._guard(heir, functools.partial(self._share_with, leader=leader))
 
     def _followers(self) -> list[Request]:
         return [request for request in self._running() if request.phase is Phase.FOLLOWING]
@@ -303,6 +321,9 @@ class Restorer:
             if mark is not None and not mark.serves(request.options.sampling()):
                 self.start(request, use_mark=False)
                 return
+            if request.computed < match.length and not match.has_state:
+                self.start(request)  # the cells that it had were taken meanwhile
+                return
             if request.computed < match.length and not self._import(request, fetch):
                 _note(request, "the cells for what is stored were taken meanwhile")
                 self._restart(request)
@@ -346,13 +367,13 @@ class Restorer:
         return True
 
     def _note_read(self, request: Request, length: int, sources: tuple[str, ...]) -> None:
-        """What a request reuses; what it gets back after it was preempted is its own."""
-        if not request.was_preempted:
+        """What a request reuses; what it gets back after it lost its state is its own."""
+        if not request.is_counted:
             request.read, request.sources = length, sources
 
     def _done(self, request: Request, match: Match | None, mark: Mark | None) -> None:
         now = time.perf_counter()
-        if not request.was_preempted:  # it was counted before
+        if not request.is_counted:
             if match is None:
                 self._note_read(request, 0, ())
             withheld = request.gate is not None and request.gate.withheld_tokens > 0
@@ -360,6 +381,8 @@ class Restorer:
             request.prefill_at = now
             if match is not None:
                 request.restore_s = now - request.admitted_at
+            request.is_counted = True
+            self.last_hit = CacheHit(request.hit_kind, request.read)
         request.phase = Phase.PREFILLING
         self._ready(request, mark)
 

@@ -104,26 +104,47 @@ class Saver:
 
     def at_end(self, request: Request, row: int | None, reason: SaveReason = "finish") -> None:
         """The context is whole, or as whole as it will get."""
-        if not self.saves(request.computed):
+        if not request.computed or not self.saves(request.computed):
             return
         request.is_last_save = reason == "shutdown"
         with self._unharmed(request):
+            assert request.keys is not None
+            # Its beginning may have been evicted since it was saved, and the rest hangs on it.
+            request.saved = self._covered(request)
             self._save_blocks(request, request.computed, reason)
             self._save_end(request, row, reason)
-            assert request.keys is not None
             self._space.touch(request.keys, request.computed)
             if reason in DURABLE_REASONS:
                 self._space.make_durable(request.keys, request.computed)
 
-    def before_loss(self, request: Request) -> None:
-        """A request that has ended is about to lose its sequence: save what is not stored."""
-        keys = request.keys
+    def before_loss(self, request: Request, reason: SaveReason = "evict") -> bool:
+        """A request that has ended is about to lose its sequence: save what is not stored.
+
+        Whether there was anything.
+        """
+        if not self.saves(request.computed):
+            return False
+        with self._unharmed(request):
+            if self._is_stored(request):
+                return False
+        self.at_end(request, None, reason)
+        return True
+
+    def _is_stored(self, request: Request) -> bool:
+        """Whether all that a sequence holds could be restored."""
+        keys, position = request.keys, request.computed
         assert keys is not None
         snapshots = self._space.kv_class is not KVClass.SPAN
-        if request.saved < request.computed or (
-            snapshots and not self._space.has_snapshot(keys, request.computed)
-        ):
-            self.at_end(request, None, "evict")
+        if snapshots and not self._space.has_snapshot(keys, position):
+            return False
+        return self._covered(request) >= position
+
+    def _covered(self, request: Request) -> int:
+        """Tokens of a sequence that are stored in blocks; of whole states there are none."""
+        if self._space.kv_class is KVClass.WHOLE:
+            return request.computed
+        assert request.keys is not None
+        return self._space.covered(request.keys, request.computed)
 
     @contextmanager
     def _unharmed(self, request: Request) -> Iterator[None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from erllama_core.cache.keys import ContextKeys, common_tokens
@@ -18,7 +18,7 @@ _GLANCE: Final = 32 * TOKEN_BYTES
 
 
 class LiveSequence:
-    """One sequence id. The worker's alone.
+    """One sequence id. The worker's alone, but for the questions.
 
     Idle with a context it is a *resident*; a resident that has a session is *pinned*.
     """
@@ -33,12 +33,14 @@ class LiveSequence:
 
     @property
     def is_idle(self) -> bool:
-        return self.request is None or self.request.phase is Phase.ENDED
+        request = self.request  # once: other threads ask while it changes hands
+        return request is None or request.phase is Phase.ENDED
 
     @property
     def is_resident(self) -> bool:
         """Whether it is idle and holds a context."""
-        return self.request is not None and self.request.phase is Phase.ENDED
+        request = self.request
+        return request is not None and request.phase is Phase.ENDED
 
     @property
     def length(self) -> int:
@@ -49,14 +51,23 @@ class LiveSequence:
 class SequencePool:
     """All sequences of a context, and the cells that they hold. The worker's alone.
 
-    ``before_drop`` sees a resident that is about to lose its cells.
+    ``before_drop`` sees a resident that is about to lose its cells. ``resident_cells_max``:
+    cells that residents without a session may hold; None: an eighth of those in a pool.
     """
 
-    def __init__(self, context: Context, before_drop: Callable[[Request], None]) -> None:
+    def __init__(
+        self,
+        context: Context,
+        before_drop: Callable[[Request], object],
+        resident_cells_max: int | None = None,
+    ) -> None:
         self._context: Final = context
         self._before_drop: Final = before_drop
         pooled = context.n_cells < context.n_seq_max * context.n_ctx
         self.ledger: Final = CellLedger(context.n_cells if pooled else None)
+        if resident_cells_max is None and pooled:
+            resident_cells_max = context.n_cells // 8
+        self._resident_cells_max: Final = resident_cells_max
         self.all: Final = tuple(LiveSequence(seq) for seq in range(context.n_seq_max))
         self._turns: Final = itertools.count(1)
 
@@ -74,7 +85,7 @@ class SequencePool:
     @property
     def held(self) -> int:
         """Cells that residents hold and would give back if all of them were dropped."""
-        return sum(self.ledger.exclusive(live.seq) for live in self._residents())
+        return self.ledger.exclusive({live.seq for live in self.residents()})
 
     def donor(self, keys: ContextKeys, *, apart_from: LiveSequence) -> tuple[LiveSequence, int]:
         """Who holds most of a context, and how many of its tokens can be had from there.
@@ -125,13 +136,25 @@ class SequencePool:
         request.live = live
 
     def leave(self, request: Request, session: Session | None) -> None:
-        """A request has ended, and its context stays as a resident."""
+        """A request has ended; its context stays as a resident, pinned if it has a session."""
         live = request.live
         assert live is not None
         live.left_at = next(self._turns)
-        live.session = session
+        self.unpin(live)
         if session is not None:
-            session.live = live
+            self.unpin_session(session)
+            live.session, session.live = session, live
+
+    def cut(self, live: LiveSequence, length: int) -> int:
+        """Keep the first ``length`` tokens of a resident, or none; how many are left."""
+        self.save(live)
+        if not length or not self._context.truncate(live.seq, length):
+            length = 0
+            self._context.drop(live.seq)
+        self.ledger.cut(live.seq, length)
+        assert live.request is not None
+        live.request.computed = length
+        return length
 
     def save(self, live: LiveSequence) -> None:
         """See that a resident's context is stored: it is about to lose a part, or all."""
@@ -156,8 +179,18 @@ class SequencePool:
     def unpin(self, live: LiveSequence) -> None:
         """Its session has ended, or does without it from now on."""
         session, live.session = live.session, None
-        if session is not None and session.live is live:
+        if session is not None:
             session.live = None
+
+    def unpin_session(self, session: Session) -> None:
+        """The session does without its sequence from now on."""
+        if session.live is not None:
+            self.unpin(session.live)
+
+    def abandon(self) -> None:
+        """The context is gone. Any thread, once the one that used it does so no longer."""
+        for live in self.all:
+            self.unpin(live)
 
     def make_room(self, cells: int, *, apart_from: LiveSequence | None = None) -> bool:
         """Drop residents until so many cells are free; whether they are."""
@@ -168,33 +201,33 @@ class SequencePool:
             self.drop(live)
         return True
 
-    def bound_residents(self, most: int | None) -> None:
-        """Keep no more than ``most`` cells for residents without a session. None: no bound."""
+    def bound_residents(self) -> None:
+        """Drop residents without a session that hold more cells than such may."""
+        most = self._resident_cells_max
         if most is None:
             return
         free = [live for live in self._in_order_of_loss() if live.session is None]
-        held = sum(map(self._cells_of, free))
-        for live in free:
-            if held <= most:
-                return
-            held -= self._cells_of(live)
-            self.drop(live)
+        while free and self._cells_of(free) > most:
+            self.drop(free.pop(0))
 
-    def _cells_of(self, live: LiveSequence) -> int:
-        """Cells that dropping a sequence gives back."""
-        return self.ledger.exclusive(live.seq) if self.ledger.is_pooled else live.length
+    def _cells_of(self, lives: Sequence[LiveSequence]) -> int:
+        """Cells that dropping all of these gives back."""
+        if self.ledger.is_pooled:
+            return self.ledger.exclusive({live.seq for live in lives})
+        return sum(live.length for live in lives)
 
     def drop_all_idle(self) -> None:
         """Drop every resident, pinned or not."""
-        for live in self._residents():
+        for live in self.residents():
             self.drop(live)
 
-    def _residents(self) -> Iterable[LiveSequence]:
+    def residents(self) -> list[LiveSequence]:
+        """Idle sequences that hold a context."""
         return [live for live in self.all if live.is_resident]
 
     def _in_order_of_loss(self) -> list[LiveSequence]:
         """Residents, those first that are missed least: without a session, left long ago."""
-        return sorted(self._residents(), key=lambda live: (live.session is not None, live.left_at))
+        return sorted(self.residents(), key=lambda live: (live.session is not None, live.left_at))
 
 
 def shared_tokens(a: ContextKeys, b: ContextKeys) -> int:

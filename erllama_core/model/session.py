@@ -30,7 +30,8 @@ class Session:
         self.salt: str | None = None
         """The ``cache_salt`` of that turn."""
         self.live: LiveSequence | None = None
-        """The sequence that is pinned to it. Without one, its state is restored like any other."""
+        """The sequence that is pinned to it, whose ``session`` this is. Without one, its state is
+        restored like any other."""
 
 
 class SessionTable:
@@ -104,12 +105,6 @@ class SessionTable:
         """Whether it has not been ended."""
         with self._lock:
             return self._sessions.get(session.id) is session
-
-    def unpin_all(self) -> None:
-        """The context with all its sequences is gone."""
-        with self._lock:
-            for session in self._sessions.values():
-                session.live = None
 
     def __len__(self) -> int:
         return len(self._sessions)

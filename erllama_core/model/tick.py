@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Final
 
@@ -61,7 +62,7 @@ class TickComposer:
         self._batch_tokens: Final = batch_tokens
         self._chunk_tokens: Final = chunk_tokens or max(_MIN_CHUNK, batch_tokens // 4)
         self._stall_target_s: Final = stall_target_ms / 1000
-        self._turn = 0
+        self._turns: Final = itertools.count(1)
 
     def compose(
         self, active: Sequence[Request], pace: Pace | None = None
@@ -70,23 +71,27 @@ class TickComposer:
         batch: list[Request] = []
         rows: list[Row] = []
         room = self._batch_tokens
+        turn = next(self._turns)
 
         def add(request: Request, stop: int, *, logits: bool) -> int:
+            request.turn = turn
             start = request.computed
             tokens = bytes(request.tokens[TOKEN_BYTES * start : TOKEN_BYTES * stop])
             batch.append(request)
             rows.append(Row(request.seq, start, tokens, logits))
             return stop - start
 
-        for request in active:
-            if room and request.phase in {Phase.GENERATING, Phase.CLOSING}:
-                room -= add(request, request.length, logits=True)
+        replies = [r for r in active if r.phase is Phase.GENERATING or r.phase is Phase.CLOSING]
+        if len(replies) > room:
+            replies.sort(key=_last_turn)
+        for request in replies[:room]:
+            room -= add(request, request.length, logits=True)
         if rows and pace is not None:
             room = min(room, self._beside_replies(pace))
-        prefilling = [request for request in active if request.phase is Phase.PREFILLING]
-        if prefilling:
-            self._turn = (self._turn + 1) % len(prefilling)
-        for request in prefilling[self._turn :] + prefilling[: self._turn]:
+        prompts = [request for request in active if request.phase is Phase.PREFILLING]
+        # Whoever had no part for longest comes first, so that nobody is passed over for ever.
+        prompts.sort(key=_last_turn)
+        for request in prompts:
             whole = request.length
             stop = min(whole, request.computed + min(self._chunk_tokens, room))
             stop = min([stop, *(at for at in request.stops if at > request.computed)])
@@ -102,3 +107,7 @@ class TickComposer:
             return _MIN_CHUNK
         left_s = max(0.0, self._stall_target_s - pace.step_s)
         return max(_LEAST, int(left_s * pace.prefill_tokens_per_s))
+
+
+def _last_turn(request: Request) -> int:
+    return request.turn

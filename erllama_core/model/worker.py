@@ -1,7 +1,8 @@
 """A loaded model's worker, as other threads see it: requests go in, and nobody waits for it.
 
 The work is done by a :class:`~.runner.Runner` on a thread of its own. A runner whose native
-call does not come back is given up, and another one takes over on a new context.
+call does not come back is given up, and so is one whose context cannot be used any more; another
+one takes over on a new context.
 """
 
 from __future__ import annotations
@@ -19,16 +20,16 @@ from erllama_core.cache.space import ModelSpace
 from erllama_core.errors import DecodeTimeout, EngineClosed, ModelLoadError, SeqCapacity
 from erllama_core.interfaces.backend import BackendModel, Context, KVClass
 from erllama_core.interfaces.log import get_logger
+from erllama_core.model.endings import as_erllama_error, close_sampler
 from erllama_core.model.explain import Finding, examine
 from erllama_core.model.request import Phase, Request
-from erllama_core.model.runner import Abandoned, Runner, close_sampler
+from erllama_core.model.runner import Runner
 from erllama_core.model.session import SessionTable
+from erllama_core.model.watch import Abandoned
 from erllama_core.prompt import Prompt
 from erllama_core.results import CacheHit
 
 log = get_logger("erllama.model")
-
-_ANSWERED: Final = frozenset({Phase.CLOSING, Phase.ENDED})
 
 
 @attrs.frozen(kw_only=True)
@@ -65,14 +66,20 @@ class Worker:
         self._accepts = True
         self._sessions: Final = SessionTable()
         self._unfinished: Final[set[Request]] = set()
+        self._asking: Final[set[threading.Event]] = set()
+        """What callers wait for who had the worker do something."""
         self._runners_alive = 0
-        self._runner, self._thread = self._new_runner()
+        self._runner = self._new_runner()
+        self._thread: threading.Thread | None = None
+        """The one that serves; None before the first does."""
         self._open_error: Exception | None = None
         self._opened: Final = threading.Event()
         self._finished: Final = threading.Event()
         """No runner is left but such as were given up."""
         self._closed: Final = threading.Event()
         self._watchdog: threading.Thread | None = None
+        self._preempted_before = 0
+        """Requests that runners preempted that are no more."""
         self.quarantined = 0
         """Contexts that were given up because a native call in them did not come back."""
 
@@ -84,10 +91,10 @@ class Worker:
         The context is returned for its properties; only the worker may call its methods. From
         here on the worker owns the model, and frees it when it is closed or failed to open.
         """
-        self._thread.start()
+        self._launch(self._runner)
         self._opened.wait()
         if self._open_error is not None:
-            self._thread.join()
+            self.close()
             raise self._open_error
         if self._options.decode_budget_ms:
             self._watchdog = threading.Thread(
@@ -103,12 +110,15 @@ class Worker:
         """
         with self._lock:
             self._accepts = False
-            runner = self._runner
-            runner.post(runner.stop)
-        if threading.current_thread() is self._thread or self._thread.ident is None:
+            self._runner.inbox.post(Runner.stop)
+            serving = self._thread
+        if serving is None or serving is threading.current_thread():
             return
         self._finished.wait()
-        self._thread.join()
+        with self._lock:
+            last = self._thread
+        assert last is not None
+        last.join()
         self._closed.set()
         if self._watchdog is not None:
             self._watchdog.join()
@@ -133,14 +143,14 @@ class Worker:
                     request.options.session_id, request, goes_on_from
                 )
             self._unfinished.add(request)
-            self._runner.post(lambda: self._runner.waiting.append(request))
+            self._runner.inbox.post(lambda runner: runner.roster.enter(request))
 
     def _check_accepts(self) -> None:
         if not self._accepts:
             raise EngineClosed(f"model {self.name!r} is closed")
 
     def _check_capacity(self) -> None:
-        running = sum(request.phase not in _ANSWERED for request in self._unfinished)
+        running = sum(not request.is_answered for request in self._unfinished)
         n_seq_max = self._runner.context.n_seq_max
         if running >= n_seq_max:
             raise SeqCapacity(
@@ -158,16 +168,25 @@ class Worker:
 
         A step over prompts that nobody waits for any more is aborted.
         """
-        if request.cancelled or request.phase in _ANSWERED:
+        if request.cancelled or request.is_answered:
             return
         request.cancelled = True
         runner = self._runner
-        runner.post(_nothing)
-        batch = runner.batch
+        runner.inbox.post(_nothing)
+        batch = runner.watch.batch
         # A step of replies alone is over in no time, and its tokens are worth keeping.
         prompts = any(one.phase is Phase.PREFILLING for one in batch)
         if prompts and all(one.cancelled for one in batch):
             runner.context.abort()
+
+    def cancel_id(self, request_id: int) -> bool:
+        """:meth:`cancel` the request of that id; False when none runs or waits."""
+        with self._lock:
+            running = (r for r in self._unfinished if not r.is_answered)
+            found = next((r for r in running if r.id == request_id), None)
+        if found is not None:
+            self.cancel(found)
+        return found is not None
 
     # --------------------------------------------------------------- sessions
 
@@ -181,10 +200,7 @@ class Worker:
         """Forget a session; its sequence is free for others. Idempotent, unknown is a no-op."""
         session = self._sessions.remove(session_id)
         if session is not None:
-            with self._lock:
-                if self._accepts:
-                    runner = self._runner
-                    runner.post(lambda: runner.end_session(session))
+            self._runner.inbox.post(lambda runner: runner.end_session(session))
 
     def reset_session(self, session_id: Hashable) -> bool:
         """Forget a session and what it computed, its running request included.
@@ -194,15 +210,12 @@ class Worker:
         session = self._sessions.remove(session_id)
         if session is None:
             return False
-        done = threading.Event()
-        with self._lock:
-            if not self._accepts:
-                return True
-            runner = self._runner
-            runner.post(lambda: runner.reset_session(session, done.set))
-        while not done.wait(0.05):
-            if runner.abandoned or self._closed.is_set():
-                break
+
+        def reset(runner: Runner, done: threading.Event) -> None:
+            runner.reset_session(session)
+            done.set()
+
+        self._ask(reset)
         return True
 
     # ------------------------------------------------------------------ state
@@ -212,13 +225,7 @@ class Worker:
 
         False when time ran out. A closed worker is settled.
         """
-        settled = threading.Event()
-        with self._lock:
-            if not self._accepts:
-                return True
-            runner = self._runner
-            runner.post(lambda: runner.wait_settled(settled))
-        return settled.wait(timeout_s)
+        return self._ask(Runner.wait_settled, timeout_s)
 
     def save_live(self) -> bool:
         """Save what running requests have computed, with the reason ``evict``; they go on.
@@ -229,27 +236,47 @@ class Worker:
         """
         timeout_s = self._options.policy.evict_save_timeout_ms / 1000
         deadline = time.monotonic() + timeout_s
-        saved = threading.Event()
+        saved = False
 
-        with self._lock:
-            if not self._accepts:
-                return False
-            runner = self._runner
+        def save(runner: Runner, done: threading.Event) -> None:
+            nonlocal saved
+            runner.save_live()
+            saved = True
+            done.set()
 
-            def save() -> None:
-                runner.save_live()
-                saved.set()
-
-            runner.post(save)
-        if not saved.wait(timeout_s):
-            return False
-        return self.space.wait_written(max(0.0, deadline - time.monotonic()))
+        self._ask(save, timeout_s)
+        return saved and self.space.wait_written(max(0.0, deadline - time.monotonic()))
 
     def drop_residents(self) -> None:
         """Have idle sequences give back their cells; their state is saved first."""
+        self._runner.inbox.post(lambda runner: runner.pool.drop_all_idle())
+
+    def _ask(
+        self, act: Callable[[Runner, threading.Event], None], timeout_s: float | None = None
+    ) -> bool:
+        """Have the runner do something and wait until it sets the event; False: time ran out.
+
+        True also when there is nobody who could do it: a closed worker has nothing left to do.
+        """
+        done = threading.Event()
+
+        def do(runner: Runner) -> None:
+            try:
+                act(runner, done)
+            except BaseException:
+                done.set()
+                raise
+
         with self._lock:
-            if self._accepts:
-                self._runner.post(self._runner.pool.drop_all_idle)
+            if self._finished.is_set():
+                return True
+            self._asking.add(done)
+            self._runner.inbox.post(do)
+        try:
+            return done.wait(timeout_s)
+        finally:
+            with self._lock:
+                self._asking.discard(done)
 
     # ------------------------------------------------------------ observation
 
@@ -271,24 +298,25 @@ class Worker:
     @property
     def pending_len(self) -> int:
         """Requests that wait for a sequence."""
-        return len(self._runner.waiting)
+        with self._lock:
+            return sum(request.phase is Phase.QUEUED for request in self._unfinished)
 
     @property
     def queue_depth(self) -> int:
         """Streams that have not ended."""
         with self._lock:
-            return sum(r.is_streamed and r.phase not in _ANSWERED for r in self._unfinished)
+            return sum(r.is_streamed and not r.is_answered for r in self._unfinished)
 
     @property
     def rates(self) -> tuple[float, float]:
         """Tokens per second of prompts, and of all replies together; 0.0 until measured."""
-        pace = self._runner.pace
+        pace = self._runner.stepper.pace
         return pace.prefill_tokens_per_s, pace.decode_tokens_per_s
 
     @property
     def preemptions(self) -> int:
         """Requests that lost their cells to others for a while."""
-        return self._runner.preemptions
+        return self._preempted_before + self._runner.stepper.preemptions
 
     def examine(self, prompt: Prompt, salt: str | None) -> tuple[Finding, KVClass]:
         """What is stored of a prompt now. Computes nothing, and waits for nobody."""
@@ -319,8 +347,9 @@ class Worker:
 
     # ------------------------------------------------------------- the threads
 
-    def _new_runner(self) -> tuple[Runner, threading.Thread]:
-        runner = Runner(
+    def _new_runner(self) -> Runner:
+        self._runners_alive += 1
+        return Runner(
             self.name,
             self._model,
             self._options.policy,
@@ -328,28 +357,72 @@ class Worker:
             resident_cells_max=self._options.resident_cells_max,
             ended=self._ended,
         )
-        thread = threading.Thread(
-            target=self._run, args=(runner,), name=f"erllama-worker-{self.name}", daemon=True
-        )
-        self._runners_alive += 1
-        return runner, thread
 
-    def _run(self, runner: Runner) -> None:
+    def _launch(self, runner: Runner) -> None:
+        """Have a runner live on a thread of its own."""
+        threading.Thread(
+            target=self._live, args=(runner,), name=f"erllama-worker-{self.name}", daemon=True
+        ).start()
+
+    def _live(self, runner: Runner) -> None:
+        """A runner's life, and that of whoever takes over from it on this thread."""
+        one: Runner | None = runner
+        while one is not None:
+            heir = self._serve(one) if self._open(one) else None
+            self._free(one, heir)
+            one = heir
+
+    def _open(self, runner: Runner) -> bool:
+        """Whether it could be; requests are this runner's then."""
         try:
             runner.open(self._open_space)
-        except Exception as error:  # noqa: BLE001 - handed to the loading thread
-            self._open_error = error
-            self._give_up(error)
-        else:
-            self._take_over(runner)
-            try:
-                self._serve(runner)
-            except Abandoned:
-                log.warning("context.came_back", model=self.name)
-        # The context first, then the weights under it.
+        except BaseException as error:  # noqa: BLE001 - handed to the loading thread
+            reason = ModelLoadError(f"model {self.name!r} has no context", reason=repr(error))
+            self._open_error = error if isinstance(error, Exception) else reason
+            self._give_up(reason)
+            return False
+        with self._lock:
+            before, self._runner = self._runner, runner
+            self._thread = threading.current_thread()
+            if before is not runner:
+                self._preempted_before += before.stepper.preemptions
+                before.roster.hand_over_to(runner.roster)
+                before.inbox.bequeath(runner.inbox)
+            if not self._accepts:
+                runner.inbox.post(Runner.stop)
+        self._opened.set()
+        return True
+
+    def _serve(self, runner: Runner) -> Runner | None:
+        """Serve until stopped; who goes on, on a new context, when this one cannot be used."""
+        try:
+            runner.serve()
+        except Abandoned:
+            log.warning("context.came_back", model=self.name)
+            return None
+        except BaseException as error:
+            log.exception("context.lost", model=self.name)
+            failure = as_erllama_error(error, f"the worker of model {self.name!r} failed")
+            runner.lose(failure)
+            with self._lock:
+                # One that failed before it had computed anything would only fail again.
+                if self._accepts and runner.watch.count:
+                    return self._new_runner()
+            self._give_up(failure)
+            return None
+        with self._lock:
+            self._accepts = False
+        try:
+            runner.shut_down()
+        except BaseException:
+            log.exception("worker.not_shut_down", model=self.name)
+        return None
+
+    def _free(self, runner: Runner, heir: Runner | None) -> None:
+        """The context first, then the weights under it, when no other stands on them."""
         try:
             runner.close_context()
-        except Exception:
+        except BaseException:
             log.exception("model.not_freed", model=self.name)
         with self._lock:
             self._runners_alive -= 1
@@ -357,49 +430,42 @@ class Worker:
         if last:
             try:
                 self._model.close()
-            except Exception:
+            except BaseException:
                 log.exception("model.not_freed", model=self.name)
-        if not runner.abandoned:
-            self._finished.set()
-        self._opened.set()
-
-    def _take_over(self, runner: Runner) -> None:
-        """Its context is open: requests are this runner's from now on."""
-        with self._lock:
-            before, self._runner = self._runner, runner
-            self._thread = threading.current_thread()
-            if before is not runner:
-                runner.waiting.extend(before.waiting)
-                before.waiting.clear()
-                before.hand_messages_to(runner)
-            if not self._accepts:
-                runner.post(runner.stop)
-        self._opened.set()
-
-    def _serve(self, runner: Runner) -> None:
-        try:
-            runner.serve()
-        except Abandoned:
-            raise
-        except Exception:
-            log.exception("worker.died", model=self.name)
-        with self._lock:
-            self._accepts = False
-        try:
-            runner.shut_down()
-        except Exception:
-            log.exception("worker.not_shut_down", model=self.name)
+        if heir is None and not runner.watch.is_abandoned:
+            self._finish()
 
     def _give_up(self, error: Exception) -> None:
-        """No context could be opened: nothing can be served."""
+        """Nothing can be served any more."""
         with self._lock:
             self._accepts = False
             left = list(self._unfinished)
-            self._runner.waiting.clear()
         for request in left:
-            self._answer_lost(
-                request, ModelLoadError(f"model {self.name!r} has no context", reason=repr(error))
-            )
+            self._answer_lost(request, error)
+
+    def _finish(self) -> None:
+        """Nobody is left to do anything: whoever still waits is told."""
+        with self._lock:
+            self._thread = threading.current_thread()
+            self._accepts = False
+            left = list(self._unfinished)
+        error = EngineClosed(f"model {self.name!r} was closed before the request ended")
+        for request in left:
+            self._answer_lost(request, error)
+        with self._lock:
+            self._finished.set()
+            for asking in self._asking:
+                asking.set()
+        self._opened.set()
+
+    def _answer_lost(self, request: Request, error: Exception) -> None:
+        """No runner has the request any more."""
+        request.phase = Phase.ENDED
+        if not request.is_answered:
+            self._sessions.answered(request, None)
+            request.fail(error)
+        close_sampler(request)
+        self._ended(request)
 
     # ---------------------------------------------------------------- watchdog
 
@@ -407,44 +473,29 @@ class Worker:
         budget_s = self._options.decode_budget_ms / 1000
         while not self._closed.wait(min(1.0, budget_s / 4)):
             runner = self._runner
-            number, began = runner.step_number, runner.step_began
-            if began is None or runner.abandoned:
-                continue
-            seconds = time.monotonic() - began
-            if seconds > budget_s and runner.step_number == number:
-                runner.over_budget = True
-                runner.context.abort()
-            if seconds > 2 * budget_s and runner.step_number == number and runner.step_began:
-                self._quarantine(runner)
+            try:
+                given_up = runner.watch.check(budget_s, runner.context.abort)
+            except Exception:
+                log.exception("step.not_aborted", model=self.name)
+            else:
+                if given_up:
+                    self._quarantine(runner)
 
     def _quarantine(self, runner: Runner) -> None:
         """A native call does not come back: leave it, its context and its thread behind.
 
         Those whose tokens it computes are told; those who wait are served by another runner.
         """
-        runner.abandoned = True
         self.quarantined += 1
-        log.error("context.quarantined", model=self.name, requests=len(runner.active))
+        log.error("context.quarantined", model=self.name, requests=len(runner.roster.active))
         error = DecodeTimeout(
             "a step did not end, not even when it was aborted; the model goes on with a new context"
         )
-        for request in list(runner.active):
-            self._answer_lost(request, error)
-        self._sessions.unpin_all()
+        runner.lose(error)
         with self._lock:
-            _, thread = self._new_runner()
-        thread.start()
-
-    def _answer_lost(self, request: Request, error: Exception) -> None:
-        """A request's sequence is gone for good."""
-        answered = request.phase in _ANSWERED
-        request.phase = Phase.ENDED
-        if not answered:
-            self._sessions.answered(request, None)
-            request.fail(error)
-        close_sampler(request)
-        self._ended(request)
+            heir = self._new_runner()
+        self._launch(heir)
 
 
-def _nothing() -> None:
+def _nothing(_: Runner) -> None:
     """Wakes the worker."""

@@ -1,0 +1,240 @@
+"""One step of a context: what is computed, with cells for all of it, and what comes of it."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Sequence
+from typing import Final
+
+from erllama_core.cache.space import ModelSpace
+from erllama_core.errors import DecodeAborted, DecodeTimeout
+from erllama_core.interfaces.backend import Context, Mark, Row, Vocabulary
+from erllama_core.interfaces.block import TOKEN_BYTES
+from erllama_core.interfaces.log import get_logger
+from erllama_core.model.endings import Endings, as_erllama_error
+from erllama_core.model.request import Phase, Request
+from erllama_core.model.restorer import Restorer
+from erllama_core.model.roster import Roster
+from erllama_core.model.saver import Saver
+from erllama_core.model.sequences import SequencePool
+from erllama_core.model.tick import Pace, TickComposer
+from erllama_core.model.watch import StepWatch
+
+log = get_logger("erllama.model")
+
+_MOST_ABORTS: Final = 8
+"""Steps in a row that a request takes part in, and that are aborted for reasons not its own."""
+
+
+class Stepper:
+    """Computes batches for the requests that run. The worker's alone, but for ``pace``."""
+
+    def __init__(
+        self,
+        context: Context,
+        vocabulary: Vocabulary,
+        space: ModelSpace,
+        saver: Saver,
+        pool: SequencePool,
+        roster: Roster,
+        restorer: Restorer,
+        endings: Endings,
+        composer: TickComposer,
+        watch: StepWatch,
+    ) -> None:
+        self._context: Final = context
+        self._end_of_generation: Final = vocabulary.end_of_generation
+        self._space: Final = space
+        self._saver: Final = saver
+        self._pool: Final = pool
+        self._roster: Final = roster
+        self._restorer: Final = restorer
+        self._endings: Final = endings
+        self._composer: Final = composer
+        self._watch: Final = watch
+        self.pace: Final = Pace()
+        self.preemptions = 0
+
+    def step(self) -> bool:
+        """One batch: a token of every running reply, then parts of prompts in fair turns.
+
+        Whether there was anything that could be computed.
+        """
+        batch, rows = self._compose()
+        if not rows:
+            return False
+        started = time.perf_counter()
+        error = self._compute(batch, rows)
+        if error is not None:
+            self._recover(batch, error)
+            return True
+        self._note_pace(rows, time.perf_counter() - started)
+        for request, row in zip(batch, rows, strict=True):
+            count = len(row.tokens) // TOKEN_BYTES
+            request.computed += count
+            request.aborts = 0
+            self._pool.ledger.grow(request.seq, count)
+        # Tokens go to the callers first; then what was computed is saved.
+        guard = self._endings.guard
+        for number, (request, row) in enumerate(zip(batch, rows, strict=True)):
+            if row.logits and request.phase is not Phase.CLOSING:
+                guard(request, functools.partial(self._sample, row=number))
+        for number, (request, row) in enumerate(zip(batch, rows, strict=True)):
+            if request.phase is not Phase.ENDED:
+                guard(request, functools.partial(self._save, row=number if row.logits else None))
+        return True
+
+    def _note_pace(self, rows: Sequence[Row], seconds: float) -> None:
+        tokens = sum(len(row.tokens) for row in rows) // TOKEN_BYTES
+        replies = sum(len(row.tokens) == TOKEN_BYTES for row in rows)
+        self.pace.note(tokens - replies, replies, seconds)
+        if self._space.gate is not None:
+            self._space.gate.observe_step(tokens, seconds)
+
+    # ------------------------------------------------------------------------ cells
+
+    def _compose(self) -> tuple[list[Request], list[Row]]:
+        """The next batch, with cells for all of it.
+
+        Who came first keeps its cells, and can have all others': it will end, and so will they.
+        """
+        while True:
+            batch, rows = self._composer.compose(self._roster.active, self.pace)
+            needed = sum(len(row.tokens) for row in rows) // TOKEN_BYTES
+            if not needed or self._pool.make_room(needed) or not self._take_cells():
+                return batch, rows
+
+    def _take_cells(self) -> bool:
+        """Take the cells of one request for the others; whether there was one."""
+        active = self._roster.active
+        first = min(active, key=lambda request: request.order)
+        others = [request for request in active if request is not first]
+        victim = self._victim(others)
+        if victim is not None:
+            self._preempt(victim)
+            return True
+        for request in others:
+            if request.phase is Phase.CLOSING:
+                # It is answered, and does without its very last token.
+                self._saver.at_end(request, None, "evict")
+                self._endings.release(request)
+                return True
+            if request.phase is Phase.LOADING and request.computed:
+                self._saver.at_end(request, None, "evict")
+                self._restorer.empty(request)
+                return True
+        return False
+
+    def _victim(self, others: Sequence[Request]) -> Request | None:
+        """Who can go on later."""
+        running = [r for r in others if r.phase in {Phase.PREFILLING, Phase.GENERATING}]
+        if not running:
+            return None
+        ledger = self._pool.ledger
+        return max(running, key=lambda r: (ledger.exclusive({r.seq}), r.order))
+
+    def _preempt(self, request: Request) -> None:
+        """Take a request's cells; it goes on where it was when all that it needs is free."""
+        log.debug("request.preempted", request=request.id, tokens=request.computed)
+        self.preemptions += 1
+        self._saver.at_end(request, None, "evict")
+        live = request.live
+        assert live is not None
+        self._roster.suspend(request)
+        self._restorer.hand_over(request)
+        request.lose_sequence()
+        self._pool.forget(live)
+
+    # ---------------------------------------------------------------------- compute
+
+    def _compute(self, batch: Sequence[Request], rows: Sequence[Row]) -> Exception | None:
+        self._watch.begin(batch)
+        try:
+            self._context.step(rows)
+        except Exception as error:  # noqa: BLE001 - a backend's own code
+            return error
+        finally:
+            self._watch.end()
+        return None
+
+    def _recover(self, batch: Sequence[Request], error: Exception) -> None:
+        """A step failed. Its callers get an answer, and what can go on goes on."""
+        asked = isinstance(error, DecodeAborted) and not self._watch.over_budget
+        if isinstance(error, DecodeAborted) and self._watch.over_budget:
+            error = DecodeTimeout(
+                "a step took longer than decode_budget_ms and was aborted; give the model more "
+                "time, or compute less at once (n_batch, prefill_chunk_size)"
+            )
+        elif not asked:
+            log.warning("step.failed", error=str(error))
+        failure = as_erllama_error(error, "the backend raised in a step")
+        # All of them before any ends: who waits for one of them looks at what the others hold.
+        broken = [r for r in batch if self._context.length(r.seq) != r.computed]
+        for request in broken:
+            self._restorer.empty(request)
+        for request in batch:
+            request.aborts += not request.cancelled
+            if not asked or request.aborts > _MOST_ABORTS:
+                self._endings.fail(request, failure)
+            elif request in broken:
+                self._start_again(request)
+
+    def _start_again(self, request: Request) -> None:
+        """A step was aborted, for others that were cancelled, and the request lost its state."""
+        if request.phase is Phase.CLOSING:
+            self._endings.release(request)
+        else:
+            request.saved = request.tried = 0
+            self._endings.guard(request, self._restorer.start)
+
+    # ----------------------------------------------------------------- what comes of it
+
+    def restored(self, request: Request, mark: Mark | None) -> None:
+        """The sequence of a request is as far as anything but computing brings it."""
+        if mark is None:
+            return
+        if not request.generates:
+            self._endings.answer(request, "length")
+        else:
+            greedy = request.pipeline.greedy
+            self._take(request, request.sampler.sample_mark(mark, greedy=greedy))
+        if request.phase is Phase.CLOSING and request.computed == request.length:
+            self._endings.leave(request)  # it said nothing, and what it read is stored
+
+    def _sample(self, request: Request, row: int) -> None:
+        if not request.generates:
+            self._endings.answer(request, "length")
+            return
+        greedy = request.pipeline.greedy
+        self._take(request, self._context.sample(row, request.sampler, greedy=greedy))
+
+    def _take(self, request: Request, token: int) -> None:
+        """A token was sampled: tell the caller, and see whether it was the last one."""
+        if request.phase is Phase.PREFILLING:
+            request.phase = Phase.GENERATING
+            if request.first_token_at is None:
+                now = time.perf_counter()
+                request.first_token_at = now
+                if request.computed > request.read:
+                    request.prefill_s = now - request.prefill_at
+        if token in self._end_of_generation:
+            self._endings.answer(request, "stop")
+            return
+        request.append(token)
+        for event in request.pipeline.feed(token):
+            request.mailbox.put(event)
+        if request.pipeline.ended:
+            self._endings.answer(request, "stop")
+        elif len(request.generated) >= request.max_generated:
+            self._endings.answer(request, "length")
+
+    def _save(self, request: Request, row: int | None) -> None:
+        """After a step: save what is due, and let go of a request whose context is whole."""
+        if request.computed <= request.prompt_tokens:
+            self._saver.after_prefill(request, row)
+        else:
+            self._saver.after_token(request)
+        if request.phase is Phase.CLOSING and request.computed == request.length:
+            self._saver.at_end(request, row)
+            self._endings.leave(request)

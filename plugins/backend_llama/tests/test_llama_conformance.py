@@ -1,0 +1,67 @@
+"""llama.cpp, as this backend wraps it, keeps what every backend promises."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from erllama_core.conformance import BackendConformance, BackendSubject
+from erllama_core.interfaces.backend import ContextOptions
+
+Tiny = Callable[..., Path]
+
+
+class OfTinyModels(BackendConformance):
+    """Models that the tests make themselves; each class one kind of memory."""
+
+    __test__ = False
+    arch = "llama"
+    flash_attn = False
+    # Batches of other shapes are rounded otherwise; another token's logits are off by 1 and more.
+    rounding = 0.06
+
+    @pytest.fixture
+    def subject(self, tiny: Tiny, load: Callable[..., Any]) -> BackendSubject:
+        path = tiny(self.arch)
+        chosen = ContextOptions(n_ctx=512, n_seq_max=3, n_batch=512)
+
+        def open_model(options: ContextOptions) -> Any:
+            return load(
+                path,
+                n_ctx=options.n_ctx,
+                n_seq_max=options.n_seq_max,
+                n_batch=options.n_batch,
+                kv_unified=options.kv_unified,
+                flash_attn=self.flash_attn,
+            )
+
+        return BackendSubject(
+            load=open_model, rounding=self.rounding, options=chosen, restores_exactly=False
+        )
+
+
+class TestFullAttention(OfTinyModels):
+    __test__ = True
+
+
+class TestFlashAttention(OfTinyModels):
+    __test__ = True
+    flash_attn = True
+
+
+class TestSlidingWindow(OfTinyModels):
+    __test__ = True
+    arch = "gemma3"
+
+
+class TestRecurrent(OfTinyModels):
+    __test__ = True
+    arch = "mamba"
+
+
+class TestHybrid(OfTinyModels):
+    __test__ = True
+    arch = "qwen35"

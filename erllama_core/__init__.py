@@ -31,6 +31,7 @@ from erllama_core.results import (
     Completion,
     Explanation,
     ModelInfo,
+    Replay,
     Stats,
     TokenLogprob,
 )
@@ -62,6 +63,7 @@ __all__ = [
     "PressureStatus",
     "Prompt",
     "Reloaded",
+    "Replay",
     "Row",
     "SavePolicy",
     "Stats",

@@ -161,7 +161,8 @@ class ContextMachine(RuleBasedStateMachine):
 
     def one_with_tokens(self, seq: int) -> int:
         """A sequence that has any, if there is one."""
-        return max((seq, *range(N_SEQ)), key=lambda n: bool(self.ways[n].tokens))
+        found: int = max((seq, *range(N_SEQ)), key=lambda n: bool(self.ways[n].tokens))
+        return found
 
     def forget(self, seq: int) -> None:
         self.ways[seq] = Way()

@@ -16,7 +16,7 @@ from erllama_core.model.options import ReplyKwargs, RequestKwargs
 from erllama_core.pressure.monitor import Monitor
 from erllama_core.pressure.status import PressureStatus
 from erllama_core.prompt import Prompt
-from erllama_core.results import AdapterInfo, CacheKey, Completion, Prefill
+from erllama_core.results import AdapterInfo, CacheKey, Completion, Prefill, Replay
 from erllama_core.stream.stream import Stream
 
 if TYPE_CHECKING:
@@ -172,6 +172,33 @@ class AsyncEngine:
     def pressure(self) -> AsyncPressure:
         """The awaitable twin of what blocks of ``engine.pressure``."""
         return AsyncPressure(self._sync.pressure)
+
+    async def put_replay(
+        self,
+        model: ModelRef,
+        ids: str | Sequence[str],
+        completion: Completion,
+        *,
+        cache_salt: str | None = None,
+    ) -> bool:
+        """See :meth:`Engine.put_replay`."""
+        return await asyncio.to_thread(
+            self._sync.put_replay, model, ids, completion, cache_salt=cache_salt
+        )
+
+    async def get_replay(
+        self, model: ModelRef, replay_id: str, *, cache_salt: str | None = None
+    ) -> Replay | None:
+        """See :meth:`Engine.get_replay`."""
+        return await asyncio.to_thread(
+            self._sync.get_replay, model, replay_id, cache_salt=cache_salt
+        )
+
+    async def drop_replay(
+        self, model: ModelRef, replay_id: str, *, cache_salt: str | None = None
+    ) -> None:
+        """See :meth:`Engine.drop_replay`."""
+        await asyncio.to_thread(self._sync.drop_replay, model, replay_id, cache_salt=cache_salt)
 
     async def flush(self, timeout_s: float | None = None) -> bool:
         """See :meth:`Engine.flush`."""

@@ -142,7 +142,7 @@ class Worker:
         ``goes_on_from``: see :meth:`SessionTable.begin`.
         """
         # Reading the text of a long prompt takes a while, so the caller's thread does it.
-        request.keys = self._space.keys(request.tokens, request.options.cache_salt)
+        request.keys = self.space.keys(request.tokens, request.options.cache_salt)
         if request.keys.text is not None:
             request.keys.text.catch_up()
         with self._lock:
@@ -282,7 +282,7 @@ class Worker:
             done.set()
 
         self._ask(save, timeout_s)
-        return saved and self._space.wait_written(max(0.0, deadline - time.monotonic()))
+        return saved and self.space.wait_written(max(0.0, deadline - time.monotonic()))
 
     def set_policy(self, policy: SavePolicy) -> None:
         """Go by another policy, from the next tick on.
@@ -389,7 +389,7 @@ class Worker:
 
     def examine(self, prompt: Prompt, salt: str | None) -> tuple[Finding, KVClass]:
         """What is stored of a prompt now. Computes nothing, and waits for nobody."""
-        space = self._space
+        space = self.space
         keys = space.keys(bytearray(prompt.packed), salt)
         match = space.find(keys, may_sample=True)
         other = space.respell(keys, match) if prompt.text is not None else None
@@ -410,7 +410,8 @@ class Worker:
         return self._runner.last_hit
 
     @property
-    def _space(self) -> ModelSpace:
+    def space(self) -> ModelSpace:
+        """The model's part of the cache; for what is thread-safe in it."""
         return self._runner.space
 
     # ------------------------------------------------------------- the threads

@@ -471,22 +471,26 @@ class Worker:
         except Abandoned:
             log.warning("context.came_back", model=self.name)
             return None
-        except BaseException as error:  # noqa: BLE001 - a backend's own code
-            log_unexpected(log, "context.lost", error, model=self.name)
-            failure = as_erllama_error(error, f"the worker of model {self.name!r} failed")
-            runner.lose(failure)
-            with self._lock:
-                # One that failed before it had computed anything would only fail again.
-                if self._accepts and runner.watch.count:
-                    return self._new_runner()
-            self._give_up(failure)
-            return None
+        except BaseException as error:  # noqa: BLE001 - what went beyond one request
+            return self._heir_after(runner, error)
         with self._lock:
             self._accepts = False
         try:
             runner.shut_down()
         except BaseException as error:  # noqa: BLE001 - a backend's own code
             log_unexpected(log, "worker.not_shut_down", error, model=self.name)
+        return None
+
+    def _heir_after(self, runner: Runner, error: BaseException) -> Runner | None:
+        """Who serves those that wait, after a runner has failed; None when nobody can."""
+        log_unexpected(log, "context.lost", error, model=self.name)
+        failure = as_erllama_error(error, f"the worker of model {self.name!r} failed")
+        runner.lose(failure)
+        with self._lock:
+            # One that failed before it had computed anything would only fail again.
+            if self._accepts and runner.watch.count:
+                return self._new_runner()
+        self._give_up(failure)
         return None
 
     def _free(self, runner: Runner, heir: Runner | None) -> None:

@@ -95,11 +95,17 @@ def test_llama_and_the_cores_own_walk_agree(bench: Bench, name: str) -> None:
         native.close()
 
 
+def both_ways(b: Any, mark: Any) -> tuple[Callable[[Any], Any], ...]:
+    """To draw: from the step's row, and from a mark of it."""
+    return (lambda sampler: b.context.sample(0, sampler), lambda sampler: sampler.sample_mark(mark))
+
+
 def test_it_has_the_abilities(bench: Bench) -> None:
     """The model makes constrained samplers, and its context tells logits."""
     b = bench("llama", n_ctx=256)
-    assert isinstance(b.model, Constrains)
-    assert isinstance(b.context, TellsLogits)
+    abilities: tuple[object, object] = (b.model, b.context)
+    assert isinstance(abilities[0], Constrains)
+    assert isinstance(abilities[1], TellsLogits)
     row = b.feed(0, TOKENS)
     for token in (0, 17, b.model.vocabulary.n_tokens - 1):
         assert b.context.logit(0, token) == pytest.approx(float(row[token]))
@@ -172,7 +178,7 @@ def test_what_fits_is_drawn_as_without_a_grammar(bench: Bench, name: str) -> Non
         params = attrs.evolve(PARAMS[name], seed=seed)
         plain = b.model.new_sampler(params, b.pack(TOKENS))
         held = b.model.new_constrained_sampler(params, b.pack(TOKENS), anything)
-        for sample in (lambda s: b.context.sample(0, s), lambda s: s.sample_mark(mark)):
+        for sample in both_ways(b, mark):
             token, other = sample(plain), sample(held)
             if held.turned_down:  # bytes that begin no character
                 break
@@ -192,7 +198,7 @@ def test_a_turned_down_token_counts_for_no_penalty(bench: Bench) -> None:
     fits = f"root ::= {chr(other)!r} [{chr(best)}{chr(other)}]".replace("'", '"')
     params = SamplingParams(repetition_penalty=1e6)
     mark = b.context.mark(0, None)
-    for sample in (lambda s: b.context.sample(0, s), lambda s: s.sample_mark(mark)):
+    for sample in both_ways(b, mark):
         sampler = b.model.new_constrained_sampler(
             params, b"", Constraint(compile_gbnf(fits), NOTHING)
         )

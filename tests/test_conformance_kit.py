@@ -37,7 +37,7 @@ from erllama_core.interfaces.backend import (
     SamplingParams,
 )
 from erllama_core.interfaces.block import Bytes, ObjectId
-from erllama_core.interfaces.pressure import PressureReading
+from erllama_core.interfaces.pressure import PressureReading, StallReading
 from erllama_core.interfaces.stream import Channel, ProcessorRequest, TextDelta
 from erllama_core.interfaces.tier import Allocate, Pages, ScanFailure, ScannedObject, TierUsage
 from erllama_core.pressure.noop import NoopPressure
@@ -386,6 +386,10 @@ def reading(used: Any = 1, total: Any = 2, name: str = "host") -> PressureReadin
     return PressureReading(name, used, total)
 
 
+def stall(stalled: float, limit: float = 0.5) -> StallReading:
+    return StallReading("psi", stalled, limit)
+
+
 def fail_oddly() -> tuple[PressureReading, ...]:
     raise KeyError("device lost")
 
@@ -437,6 +441,8 @@ WRONG_SOURCES: list[tuple[str, Callable[[], Any], str]] = [
     ("no total", lambda: Source((reading(1, 0),)), "test_readings_can_be_true"),
     ("more than all", lambda: Source((reading(3, 2),)), "test_readings_can_be_true"),
     ("a fraction", lambda: Source((reading(0.5, 2),)), "test_readings_can_be_true"),
+    ("stalls for longer than the time", lambda: Source((stall(1.5),)), "test_readings_can_be_true"),
+    ("a stall without a limit", lambda: Source((stall(0.5, 0.0),)), "test_readings_can_be_true"),
     (
         "one name for two",
         lambda: Source((reading(), reading())),
@@ -809,6 +815,68 @@ def test_a_wrong_model_is_caught(make: Callable[[], Any], test: str) -> None:
     subject = BackendSubject(load=stub)
     takes_subject = "subject" in inspect.signature(getattr(BackendConformance, test)).parameters
     fails(BackendConformance, test, *([subject] if takes_subject else []), make())
+
+
+class IgnoresTheGrammar(WrappedModel):
+    def new_constrained_sampler(self, params: Any, history: bytes, constraint: Any) -> Any:
+        sampler = self._inner.new_sampler(params, history)
+        sampler.turned_down = 0
+        return sampler
+
+
+class IgnoresExclusions(WrappedModel):
+    def new_constrained_sampler(self, params: Any, history: bytes, constraint: Any) -> Any:
+        free = attrs.evolve(constraint, excluded=frozenset())
+        if "[" in constraint.grammar.text:
+            return self._inner.new_constrained_sampler(params, history, free)
+        token = next(iter(constraint.excluded - self._inner.vocabulary.end_of_generation))
+        sampler = self._inner.new_constrained_sampler(params, history, free)
+        sampler.sample_row = lambda row, greedy=False: token
+        return sampler
+
+
+class DrawsAnewAfterAMark(WrappedModel):
+    """What a mark's draw came to is forgotten where the mark did not do."""
+
+    def new_constrained_sampler(self, params: Any, history: bytes, constraint: Any) -> Any:
+        sampler = self._inner.new_constrained_sampler(params, history, constraint)
+        inner = sampler.sample_mark
+
+        def sample_mark(mark: Mark, *, greedy: bool = False) -> Any:
+            token = inner(mark, greedy=greedy)
+            if token is None:
+                sampler._awaits_row = False
+            return token
+
+        sampler.sample_mark = sample_mark
+        return sampler
+
+
+class AnotherTokensLogit(Wrapped):
+    def logit(self, row: int, token: int) -> float:
+        found: float = self._inner.logit(row, max(0, token - 1))
+        return found
+
+
+@pytest.mark.parametrize(
+    ("make", "test"),
+    [
+        (IgnoresTheGrammar, "test_a_grammar_shapes_a_reply"),
+        (DrawsAnewAfterAMark, "test_a_grammar_shapes_a_reply"),
+        (IgnoresExclusions, "test_an_excluded_token_never_comes"),
+    ],
+)
+def test_a_wrong_grammar_is_caught(make: type[WrappedModel], test: str) -> None:
+    """Replies that leave their grammar, or depend on what was cached, are told."""
+    subject = BackendSubject(load=stub)
+    fails(BackendConformance, test, subject, make(stub(ContextOptions()), Wrapped))
+
+
+def test_wrong_logits_are_caught() -> None:
+    """The logit of a neighbour is told from the right one."""
+    subject = BackendSubject(load=stub)
+    context = AnotherTokensLogit(stub(subject.options).open_context())
+    fails(BackendConformance, "test_logits_are_told", subject, context)
 
 
 def test_a_shared_sampler_is_caught() -> None:

@@ -20,6 +20,7 @@ class OfTinyModels(BackendConformance):
     __test__ = False
     arch = "llama"
     flash_attn = False
+    swa_full = True
     # Batches of other shapes are rounded otherwise; another token's logits are off by 1 and more.
     rounding = 0.06
 
@@ -36,6 +37,7 @@ class OfTinyModels(BackendConformance):
                 n_batch=options.n_batch,
                 kv_unified=options.kv_unified,
                 flash_attn=self.flash_attn,
+                swa_full=self.swa_full,
             )
 
         return BackendSubject(
@@ -57,6 +59,12 @@ class TestSlidingWindow(OfTinyModels):
     arch = "gemma3"
 
 
+class TestWindowThatIsNotKept(OfTinyModels):
+    __test__ = True
+    arch = "gemma3"
+    swa_full = False
+
+
 class TestRecurrent(OfTinyModels):
     __test__ = True
     arch = "mamba"
@@ -65,3 +73,9 @@ class TestRecurrent(OfTinyModels):
 class TestHybrid(OfTinyModels):
     __test__ = True
     arch = "qwen35"
+
+
+class TestHybridOfConvolutions(OfTinyModels):
+    __test__ = True
+    arch = "lfm2"
+    flash_attn = True

@@ -1,0 +1,139 @@
+"""Snapshots of what cannot be cut: where along a prompt they are taken, and their way to the cache.
+
+A model that cannot rewind goes on from a stored context only where a snapshot of it was taken
+while it stood there. So a prompt is computed in slices that end where others may want to go on:
+
+* before the tokens that open the reply: the next turn's prompt may render the reply otherwise;
+* where what is stored of other contexts ends: two contexts that begin alike will have a third.
+  (The rule is Marconi's: Pan et al., "Marconi: Prefix Caching for the Era of Hybrid LLMs", 2024.)
+* after control tokens, which is where messages begin and end, and at regular distances, both
+  thinned to about one in ``snapshot_interval`` tokens.
+
+Its end, and that of the reply, have a snapshot in any case.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+from erllama_core.cache.flow import SaveBuffer
+from erllama_core.cache.policy import SavePolicy
+
+_CLOSE: Final = 4
+"""A position that something speaks for is used instead of a regular one that is nearer to it than
+this part of the distance."""
+_TAIL: Final = 32
+"""A prompt whose last control token is further from its end does not open a reply with it."""
+
+
+def positions(
+    *,
+    start: int,
+    limit: int,
+    interval: int,
+    least: int,
+    wanted: Iterable[int],
+    offered: Sequence[int],
+) -> list[int]:
+    """Where to take snapshots of a prompt that is computed from ``start`` on, at most at ``limit``.
+
+    ``wanted`` are taken in any case, ``offered`` (ascending) and the multiples of ``interval``
+    only if they are far enough from those before: by ``interval``, near the beginning by as much
+    as is before them, and by ``least`` at the very least. Multiples are the same for all prompts,
+    and so is what is offered in the part that they share: their snapshots are stored once.
+    """
+    must = sorted({at for at in wanted if max(start, least - 1) < at <= limit})
+    may = _regular(start, limit, interval, offered) if interval else []
+    chosen: list[int] = []
+    last = start
+    for at in may:
+        while must and must[0] <= at:
+            last = must.pop(0)
+            chosen.append(last)
+        gap = min(interval, max(least, last))
+        if at - last >= gap and not (must and must[0] - at < gap // _CLOSE):
+            chosen.append(at)
+            last = at
+    return [*chosen, *must]
+
+
+def _regular(start: int, limit: int, interval: int, offered: Sequence[int]) -> list[int]:
+    """What is offered, and every multiple that has nothing of that shortly behind it."""
+    known = [at for at in offered if start < at <= limit]
+    regular = []
+    number = 0
+    for at in range(start - start % interval + interval, limit + 1, interval):
+        while number < len(known) and known[number] < at:
+            number += 1
+        if number == len(known) or known[number] - at > interval // _CLOSE:
+            regular.append(at)
+    return sorted({*known, *regular})
+
+
+def widened(interval: int, snapshot_bytes: int, *, n_ctx: int, bytes_max: int) -> int:
+    """The interval, doubled until regular snapshots of the longest context fit into half of
+    ``bytes_max``; the other half is for the ends of turns.
+    """
+    while interval < n_ctx and (n_ctx // interval) * snapshot_bytes > bytes_max // 2:
+        interval *= 2
+    return interval
+
+
+def opening(prompt_tokens: int, opening_tokens: int, offered: Sequence[int]) -> int | None:
+    """Where a prompt's last part, that opens the reply, begins.
+
+    ``opening_tokens``: how many there are, 0 when that is not known. It is then taken to begin
+    before the last control token; ``offered`` are the positions before and after all of them.
+    """
+    if opening_tokens:
+        return prompt_tokens - opening_tokens
+    if len(offered) > 1 and prompt_tokens - offered[-2] <= _TAIL:
+        return offered[-2]
+    return None
+
+
+class SnapshotQueue:
+    """A request's snapshots that were taken, and wait until the blocks before them are stored.
+
+    A block is stored whole, and so may be a snapshot's position in the middle of it. The worker's
+    alone.
+    """
+
+    def __init__(self) -> None:
+        self.planned: frozenset[int] = frozenset()
+        """Positions at which the request's snapshots are still to be taken, or were."""
+        self._taken: list[tuple[int, SaveBuffer]] = []
+
+    def __len__(self) -> int:
+        return len(self._taken)
+
+    def add(self, position: int, buffer: SaveBuffer) -> None:
+        """One was taken; positions ascend."""
+        self._taken.append((position, buffer))
+
+    def has(self, position: int) -> bool:
+        return any(at == position for at, _ in self._taken)
+
+    def all(self) -> list[tuple[int, SaveBuffer]]:
+        """Take out all of them."""
+        ready, self._taken = self._taken, []
+        return ready
+
+    def until(self, position: int) -> list[tuple[int, SaveBuffer]]:
+        """Take out what stands at ``position`` or before it."""
+        ready = [item for item in self._taken if item[0] <= position]
+        self._taken = self._taken[len(ready) :]
+        return ready
+
+
+def interval_of(policy: SavePolicy, snapshot_bytes: int, n_ctx: int) -> int:
+    """The distance of regular snapshots under a policy; 0: there are none."""
+    if not policy.snapshot_interval:
+        return 0
+    return widened(
+        policy.snapshot_interval,
+        snapshot_bytes,
+        n_ctx=n_ctx,
+        bytes_max=policy.snapshot_bytes_max,
+    )

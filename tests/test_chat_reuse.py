@@ -70,8 +70,7 @@ def tiny(tmp_path: Path, engine: Any, arch: Arch, says: Any, tags: Any = "contro
     return loaded
 
 
-# Text anchors need the blocks that a context is made of; whole states have none.
-@pytest.mark.parametrize("arch", ["llama", "gemma3"])
+@pytest.mark.parametrize("arch", ARCHS)
 def test_ten_turns_of_a_tiny_model(arch: Arch, tmp_path: Path) -> None:
     """Replies of any printable characters, by their text alone."""
     with make_engine() as engine:

@@ -16,6 +16,12 @@ TURNS = 10
 WILD: dict[str, Any] = {"temperature": 2.0, "top_k": 400, "top_p": 1.0, "min_p": 0.0}
 """Sampling that spells words in tokens no tokeniser would choose."""
 QUESTIONS = ["Tell me of the sea.", "Why?", "And the well-known lighthouse, 1849?", "¿Qué más?"]
+GRAMMAR = r"""
+root ::= "<think>" word{2,4} "</think>" word{1,4} call{0,2}
+word ::= [A-Za-z]{2,7} [ ,.]
+call ::= "<tool_call>" " "{0,1} "{\"name\" :\"look\", \"at\":\"" [a-z]{3,6} "\"}" "</tool_call>"
+"""
+"""A reply that thinks, says something and may call, spaced as no template would."""
 TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}]
 
 
@@ -70,8 +76,7 @@ def tiny(tmp_path: Path, engine: Any, arch: Arch, says: Any, tags: Any = "contro
     return loaded
 
 
-# Text anchors need the blocks that a context is made of; whole states have none.
-@pytest.mark.parametrize("arch", ["llama", "gemma3"])
+@pytest.mark.parametrize("arch", ARCHS)
 def test_ten_turns_of_a_tiny_model(arch: Arch, tmp_path: Path) -> None:
     """Replies of any printable characters, by their text alone."""
     with make_engine() as engine:
@@ -116,3 +121,23 @@ def test_ten_turns_of_a_real_chat_with_thinking_and_tools(demo_model_path: Path)
         assert (
             min(shares(chat(model, replay=False, cache_salt="b", response_tokens=24, **WILD))) < 0.9
         )
+
+
+@pytest.mark.real_model
+def test_ten_turns_of_a_real_chat_under_a_grammar(demo_model_path: Path) -> None:
+    """The same where a grammar has a real model think and call, in markers of several tokens."""
+    with make_engine() as engine:
+        model = engine.load_model(
+            model_path=str(demo_model_path),
+            context_opts={"n_ctx": 2048, "n_threads": 1, "resident_cells_max": 0},
+            policy={"min_tokens": 0, "cold_min_tokens": 0},
+            thinking_markers={"start": "<think>", "end": "</think>"},
+            tool_call_markers={"start": "<tool_call>", "end": "</tool_call>"},
+        )
+        assert len(model.tokenize("<tool_call>")) > 1
+        options: dict[str, Any] = {"grammar": GRAMMAR, "temperature": 1.0, "tools": TOOLS}
+        said = chat(model, replay=True, **options)
+        assert min(shares(said)) >= 0.98
+        assert all(done.thinking for done in said)
+        assert sum(len(done.tool_calls) for done in said) >= TURNS // 2
+        assert min(shares(chat(model, replay=False, cache_salt="b", **options))) < 0.9

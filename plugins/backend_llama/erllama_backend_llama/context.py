@@ -101,6 +101,8 @@ class LlamaContext:
         scratch = n_seq_max if has_scratch else None
         n_seq = n_seq_max + has_scratch
         self._context: Any = _open(model, native_params(options, n_seq=n_seq, window=claim.window))
+        self.adapters: tuple[LlamaAdapter, ...] = ()
+        """Those that it computes with."""
         try:
             if not llama_cpp.llama_get_memory(self._context):
                 raise NotSupported(ENCODES_ONLY)
@@ -115,8 +117,6 @@ class LlamaContext:
             """Of the last step, a row for each of its rows, in the order of its batch."""
             self._largest: list[int] = []
             """The token with the largest logit of each."""
-            self.adapters: tuple[LlamaAdapter, ...] = ()
-            """Those that it computes with."""
             self._stateless: set[int] = set()
             """Sequences with ranges whose snapshot is still to come."""
             self._batch = Batch(n_batch=self._n_batch, n_seq=n_seq, n_vocab=n_vocab)

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from llama_cpp import llama_cpp
 
 from erllama_backend_llama import native
+from erllama_backend_llama.adapter import NativeLock
 from erllama_backend_llama.batch import Batch
 from erllama_backend_llama.context_params import CELL_STEP, native_params
 from erllama_backend_llama.options import Pooling
@@ -58,16 +59,24 @@ class Embedder:
     """Embeds texts of one loaded model, one at a time. Thread-safe.
 
     ``limit``: tokens of a text at most. The context is made when the first text comes, and made
-    anew, larger, for a longer one.
+    anew, larger, for a longer one. Adapters have no part in it.
     """
 
     # Kept on the class: module globals may be gone when the interpreter ends.
     _free = staticmethod(llama_cpp.llama_free)
 
     def __init__(
-        self, model: Any, options: ContextOptions, pooling: int, *, n_vocab: int, limit: int
+        self,
+        model: Any,
+        options: ContextOptions,
+        pooling: int,
+        lock: NativeLock,
+        *,
+        n_vocab: int,
+        limit: int,
     ) -> None:
         self._model: Any = model
+        self._native_lock: Final = lock
         self._options: Final = options
         self._pooling: Final = pooling
         self._n_vocab: Final = n_vocab
@@ -99,7 +108,10 @@ class Embedder:
             return vector
 
     def close(self) -> None:
-        """Free the context; waits for a text that is being embedded. Idempotent."""
+        """Free the context; waits for a text that is being embedded. Idempotent.
+
+        Not to be called with the native lock, which a text may be waiting for.
+        """
         with self._lock:
             self._model = None
             self._drop()
@@ -118,17 +130,20 @@ class Embedder:
         params.embeddings = True
         params.pooling_type = self._pooling
         params.kv_unified = True
-        with native.collect_log() as lines:
-            context = llama_cpp.llama_init_from_model(self._model, params)
-        if not context:
-            raise DecodeFailed(
-                "llama.cpp could not make a context for embeddings: "
-                + (native.reason(lines) or "too little memory"),
-                code=0,
-            )
-        self._context, self._room = context, room
+        # A context plans its graphs when it is made, and again in its first step.
+        with self._native_lock:
+            with native.collect_log() as lines:
+                context = llama_cpp.llama_init_from_model(self._model, params)
+            if not context:
+                raise DecodeFailed(
+                    "llama.cpp could not make a context for embeddings: "
+                    + (native.reason(lines) or "too little memory"),
+                    code=0,
+                )
+            self._context, self._room = context, room
+            self._compute(bytes(_TOKEN.itemsize))
 
-    def _pooled(self, packed: bytes) -> npt.NDArray[np.float32]:
+    def _compute(self, packed: bytes) -> None:
         context = self._context
         memory = llama_cpp.llama_get_memory(context)
         if memory:  # what only encodes has none
@@ -139,7 +154,10 @@ class Embedder:
         status = int(llama_cpp.llama_decode(context, batch.native))
         if status != 0:
             raise DecodeFailed("llama.cpp failed while embedding a text", code=status)
-        pointer = llama_cpp.llama_get_embeddings_seq(context, 0)
+
+    def _pooled(self, packed: bytes) -> npt.NDArray[np.float32]:
+        self._compute(packed)
+        pointer = llama_cpp.llama_get_embeddings_seq(self._context, 0)
         if not pointer:
             raise NotSupported("this model gives no embeddings")
         size = int(llama_cpp.llama_model_n_embd_out(self._model))

@@ -118,6 +118,7 @@ class LlamaModel:
         """Why it generates nothing; None for a model that does."""
         self._embedding: Final = threading.Lock()
         self._embedder: Embedder | None = None
+        self._is_closing = False
         self._vocabulary: Final = LlamaVocabulary(model)
         self.description: Final = _string(partial(llama_cpp.llama_model_desc, model))
         self.quantisation: Final[Quantisation] = from_file_type(
@@ -227,13 +228,14 @@ class LlamaModel:
         if self._vocab_only:
             raise NotSupported(self._lacks or "")
         with self._embedding:
-            if self._model is None:
+            if self._is_closing or self._model is None:
                 raise EngineClosed("the model was unloaded; load it again to embed")
             if self._embedder is None:
                 self._embedder = Embedder(
                     self._model,
                     self._options,
                     pooling_of(self._metadata, self._pooling),
+                    self._lock,
                     n_vocab=self._vocabulary.n_tokens,
                     limit=self._longest_text(),
                 )
@@ -249,12 +251,14 @@ class LlamaModel:
 
     def close(self) -> None:
         """Free the weights, and before them the contexts that are still open. Idempotent."""
-        with self._embedding, self._lock:
+        with self._embedding:
+            self._is_closing = True
+        if self._embedder is not None:
+            self._embedder.close()
+        with self._lock:
             model, self._model = self._model, None
             if model is None:
                 return
-            if self._embedder is not None:
-                self._embedder.close()
             self._vocabulary.close()
             for context in self._contexts:
                 context.close()

@@ -95,17 +95,11 @@ def test_llama_and_the_cores_own_walk_agree(bench: Bench, name: str) -> None:
         native.close()
 
 
-def both_ways(b: Any, mark: Any) -> tuple[Callable[[Any], Any], ...]:
-    """To draw: from the step's row, and from a mark of it."""
-    return (lambda sampler: b.context.sample(0, sampler), lambda sampler: sampler.sample_mark(mark))
-
-
 def test_it_has_the_abilities(bench: Bench) -> None:
     """The model makes constrained samplers, and its context tells logits."""
     b = bench("llama", n_ctx=256)
-    abilities: tuple[object, object] = (b.model, b.context)
-    assert isinstance(abilities[0], Constrains)
-    assert isinstance(abilities[1], TellsLogits)
+    abilities = isinstance(b.model, Constrains), isinstance(b.context, TellsLogits)
+    assert abilities == (True, True)
     row = b.feed(0, TOKENS)
     for token in (0, 17, b.model.vocabulary.n_tokens - 1):
         assert b.context.logit(0, token) == pytest.approx(float(row[token]))
@@ -114,6 +108,11 @@ def test_it_has_the_abilities(bench: Bench) -> None:
     )
     assert isinstance(sampler, ConstrainedSampler)
     sampler.close()
+
+
+def ways_to_draw(b: Any, mark: Mark) -> list[Callable[[Any], int]]:
+    """From the live row, and from the mark of it."""
+    return [lambda s: int(b.context.sample(0, s)), lambda s: int(s.sample_mark(mark))]
 
 
 def say(b: Any, sampler: Any, n_tokens: int, start: Mark | None) -> list[int]:
@@ -178,7 +177,7 @@ def test_what_fits_is_drawn_as_without_a_grammar(bench: Bench, name: str) -> Non
         params = attrs.evolve(PARAMS[name], seed=seed)
         plain = b.model.new_sampler(params, b.pack(TOKENS))
         held = b.model.new_constrained_sampler(params, b.pack(TOKENS), anything)
-        for sample in both_ways(b, mark):
+        for sample in ways_to_draw(b, mark):
             token, other = sample(plain), sample(held)
             if held.turned_down:  # bytes that begin no character
                 break
@@ -198,7 +197,7 @@ def test_a_turned_down_token_counts_for_no_penalty(bench: Bench) -> None:
     fits = f"root ::= {chr(other)!r} [{chr(best)}{chr(other)}]".replace("'", '"')
     params = SamplingParams(repetition_penalty=1e6)
     mark = b.context.mark(0, None)
-    for sample in both_ways(b, mark):
+    for sample in ways_to_draw(b, mark):
         sampler = b.model.new_constrained_sampler(
             params, b"", Constraint(compile_gbnf(fits), NOTHING)
         )

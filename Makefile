@@ -5,6 +5,7 @@
 #   make fast    the same without a model
 #   make long    what takes half an hour: random crashes, property runs and soaks
 #   make bench-cache    the cache's figures beside their targets; TRACE=file replays another trace
+#   make docs    the documentation as a site, in site/
 #
 # Each sets .venv up first; make PYTHON=python3.12 chooses the interpreter it is made with.
 
@@ -18,7 +19,7 @@ space := $(empty) $(empty)
 export MYPYPATH := $(subst $(space),:,$(strip $(PLUGINS) tests bench))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test fast long bench-cache lint types clean
+.PHONY: help setup demo test fast long bench-cache docs lint types clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -44,6 +45,10 @@ long: setup
 bench-cache: setup
 	$(BIN)/python bench/cache.py $(if $(TRACE),--trace $(TRACE))
 
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "erllama: see site/index.html"
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -56,4 +61,4 @@ types: setup
 	    test ! -d $$plugin/tests || $(BIN)/mypy $$plugin/tests; done
 
 clean:
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv site .mypy_cache .pytest_cache .ruff_cache .hypothesis

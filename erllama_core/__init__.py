@@ -9,7 +9,7 @@ from erllama_core.cache.policy import SavePolicy
 from erllama_core.cache.report import Row, Usage
 from erllama_core.cache.tiers import NamedTier
 from erllama_core.config import EngineConfig, ModelConfig, TierConfig, load_config
-from erllama_core.engine import AsyncEngine, Engine, open_tier
+from erllama_core.engine import AsyncEngine, Engine, Reloaded, open_tier
 from erllama_core.host import PluginHost
 from erllama_core.interfaces.stream import (
     Done,
@@ -22,6 +22,7 @@ from erllama_core.interfaces.stream import (
 from erllama_core.model.model import Model
 from erllama_core.prompt import Prompt
 from erllama_core.results import (
+    AdapterInfo,
     CacheDelta,
     CacheHit,
     CacheKey,
@@ -34,6 +35,7 @@ from erllama_core.signing import verify_thinking
 from erllama_core.stream.stream import Stream
 
 __all__ = [
+    "AdapterInfo",
     "AsyncEngine",
     "BlockMeta",
     "Cache",
@@ -54,6 +56,7 @@ __all__ = [
     "Pinned",
     "PluginHost",
     "Prompt",
+    "Reloaded",
     "Row",
     "SavePolicy",
     "Stats",

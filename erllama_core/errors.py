@@ -11,8 +11,11 @@
     │   └── PluginDuplicate               two plugins claim one name
     ├── ModelError
     │   ├── ModelNotFound (LookupError)   no model is loaded under that id
-    │   ├── AlreadyLoaded                 a model is loaded under that id
-    │   └── ModelLoadError                the backend refused the model
+    │   ├── AlreadyLoaded                 a model or an adapter has that name already
+    │   ├── ModelLoadError                the backend refused the model
+    │   │   └── AdapterLoadError          it refused an adapter of the model
+    │   ├── AdapterNotFound (LookupError) the model has no adapter of that name
+    │   └── AdapterTimeout (TimeoutError) requests did not end in time for a change of adapters
     ├── RequestError
     │   ├── InvalidPrompt (ValueError)    no tokens, or ids outside the vocabulary
     │   ├── PromptTooLong (ValueError)    the prompt does not fit the context
@@ -34,6 +37,7 @@
     └── CacheError
         ├── TierError                     a tier could not read or write
         │   └── TierFull                  its quota or its device is full
+        ├── MemoryBudgetExceeded (MemoryError)  the engine's memory budget has no room
         ├── CorruptBlock                  a stored object is not what it claims
         │   └── UnknownFormat             it is of a format version that is not read here
         └── BlockNotFound (LookupError)   the object is not in that tier
@@ -134,7 +138,7 @@ class ModelNotFound(ModelError, LookupError):
 
 
 class AlreadyLoaded(ModelError):
-    """A model is loaded under that id."""
+    """A model is loaded under that id, or an adapter of the model under that name."""
 
 
 class ModelLoadError(ModelError):
@@ -143,6 +147,18 @@ class ModelLoadError(ModelError):
     def __init__(self, message: str, *, reason: str | None = None) -> None:
         self.reason = reason
         super().__init__(f"{message}: {reason}" if reason else message)
+
+
+class AdapterLoadError(ModelLoadError):
+    """The adapter could not be loaded: it is damaged, no adapter, or not for this model."""
+
+
+class AdapterNotFound(ModelError, LookupError):
+    """The model has no adapter of that name."""
+
+
+class AdapterTimeout(ModelError, TimeoutError):
+    """Running requests did not end in time for a change of adapters; nothing was changed."""
 
 
 # -------------------------------------------------------------------- requests
@@ -268,6 +284,10 @@ class TierError(CacheError):
 
 class TierFull(TierError):
     """The tier's quota, or the device below it, has no room for the object."""
+
+
+class MemoryBudgetExceeded(CacheError, MemoryError):
+    """The engine's ``memory_budget_bytes`` has no room for it; nothing was allocated."""
 
 
 class CorruptBlock(CacheError):

@@ -143,6 +143,19 @@ class Prefill:
     """Whether a tier keeps it, as ``pin=True`` asks; False where nothing was saved, too."""
 
 
+@attrs.frozen(kw_only=True)
+class AdapterInfo:
+    """A LoRA adapter of a model."""
+
+    name: str
+    path: str
+    """The file, as it was given."""
+    scale: float
+    """The factor of what it adds to the weights: 1.0 as it was trained, 0.0 no effect."""
+    fingerprint: str
+    """SHA-256 of the file, hexadecimal."""
+
+
 @attrs.frozen
 class ModelInfo:
     """A loaded model as an observer sees it; read without waiting for its worker."""

@@ -37,7 +37,7 @@ from erllama_core.interfaces.backend import (
     SamplingParams,
 )
 from erllama_core.interfaces.block import Bytes, ObjectId
-from erllama_core.interfaces.pressure import PressureReading
+from erllama_core.interfaces.pressure import PressureReading, StallReading
 from erllama_core.interfaces.stream import Channel, ProcessorRequest, TextDelta
 from erllama_core.interfaces.tier import Allocate, Pages, ScanFailure, ScannedObject, TierUsage
 from erllama_core.pressure.noop import NoopPressure
@@ -386,6 +386,10 @@ def reading(used: Any = 1, total: Any = 2, name: str = "host") -> PressureReadin
     return PressureReading(name, used, total)
 
 
+def stall(stalled: float, limit: float = 0.5) -> StallReading:
+    return StallReading("psi", stalled, limit)
+
+
 def fail_oddly() -> tuple[PressureReading, ...]:
     raise KeyError("device lost")
 
@@ -437,6 +441,8 @@ WRONG_SOURCES: list[tuple[str, Callable[[], Any], str]] = [
     ("no total", lambda: Source((reading(1, 0),)), "test_readings_can_be_true"),
     ("more than all", lambda: Source((reading(3, 2),)), "test_readings_can_be_true"),
     ("a fraction", lambda: Source((reading(0.5, 2),)), "test_readings_can_be_true"),
+    ("stalls for longer than the time", lambda: Source((stall(1.5),)), "test_readings_can_be_true"),
+    ("a stall without a limit", lambda: Source((stall(0.5, 0.0),)), "test_readings_can_be_true"),
     (
         "one name for two",
         lambda: Source((reading(), reading())),

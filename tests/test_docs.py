@@ -27,9 +27,11 @@ from erllama_core import errors, hookspecs
 from erllama_core.cache.policy import SavePolicy
 from erllama_core.cli.app import app
 from erllama_core.config import (
+    AdapterConfig,
     CacheConfig,
     EngineConfig,
     EngineSettings,
+    LoggingConfig,
     ModelConfig,
     PluginsConfig,
     PressureConfig,
@@ -50,6 +52,7 @@ PAGES = sorted(
         *ROOT.glob(pattern),
         *ROOT.glob(f"plugins/*/{pattern}"),
         *ROOT.glob(f"bench/{pattern}"),
+        *ROOT.glob(f"examples/{pattern}"),
     )
 )
 SECTIONS = {field.name for field in attrs.fields(EngineConfig)}
@@ -233,7 +236,9 @@ TABLES: dict[str, tuple[type[Any], set[str]]] = {
     "policy": (SavePolicy, {field.name for field in attrs.fields(SavePolicy)}),  # as [cache]
     "thinking_markers": (ThinkingMarkers, set()),
     "tool_call_markers": (ToolCallMarkers, set()),
+    "adapters": (AdapterConfig, set()),
     "[pressure]": (PressureConfig, {"source_options"}),  # the tables below this one
+    "[logging]": (LoggingConfig, set()),
 }
 
 
@@ -243,7 +248,7 @@ def test_every_table_of_the_configuration_is_known_here() -> None:
     nested = {
         field.name
         for field in attrs.fields(ModelConfig)
-        if field.name in {"context_opts", "policy"} or field.name.endswith("_markers")
+        if field.name in {"context_opts", "policy", "adapters"} or field.name.endswith("_markers")
     }
     assert documented == SECTIONS | nested
 
@@ -284,14 +289,23 @@ def test_every_error_is_documented() -> None:
 
 
 def test_every_hook_is_documented() -> None:
-    """docs/hooks.md has a heading for each hook, and for nothing that is none."""
+    """docs/hooks.md has a heading for each hook, its signature, and says when, on which thread,
+    whether it may block, and what becomes of errors.
+    """
     specified = {
-        name
+        f"{name}{inspect.signature(value)}".replace("'", "")
         for name, value in vars(hookspecs).items()
         if hasattr(value, f"{hookspecs.PROJECT}_spec")
     }
-    documented = {heading for heading in sections("hooks.md") if heading.startswith("erllama_")}
-    assert documented == specified
+    documented = {
+        heading: text
+        for heading, text in sections("hooks.md").items()
+        if heading.startswith("erllama_")
+    }
+    assert set(documented) == specified
+    for heading, text in documented.items():
+        for fact in ("When", "Thread", "May it block", "Errors"):
+            assert f"- **{fact}**: " in text, f"{heading}: {fact}"
 
 
 def command_line() -> Iterator[tuple[str, click.Command]]:

@@ -43,12 +43,17 @@ MAY_IMPORT = {
     "builtin": CONTRACTS | ROOMS,
     "telemetry": {"interfaces"},
     "host": CONTRACTS | {"registry", "builtin", "telemetry"},
-    "config": CONTRACTS | {"registry", "host", "cache", "signing"},
+    "config": CONTRACTS | {"registry", "host", "cache", "pressure", "signing"},
+    "logs": {"interfaces", "config"},
     "conformance": CONTRACTS | {"stream"},
     # One loaded model; then all of them; then the command line.
     "model": CONTRACTS | ROOMS | {"config", "user_cache"},
-    "engine": CONTRACTS | ROOMS | {"config", "registry", "host", "model", "signing", "telemetry"},
-    "cli": CONTRACTS | ROOMS | {"config", "registry", "host", "model", "engine", "user_cache"},
+    "engine": CONTRACTS
+    | ROOMS
+    | {"config", "registry", "host", "model", "signing", "telemetry", "logs"},
+    "cli": CONTRACTS
+    | ROOMS
+    | {"config", "registry", "host", "model", "engine", "user_cache", "logs"},
     "__main__": {"cli"},
     # The names that erllama_core itself exports.
     "__init__": CONTRACTS | ROOMS | {"config", "host", "model", "engine", "signing"},

@@ -11,14 +11,14 @@ qwen35    gated delta net and attention, M-RoPE         hybrid, extra data per c
 ========  ============================================  ==========================
 
 All share one byte-level BPE vocabulary, so every text survives tokenising. Weights depend on
-the seed and the tensor's name alone: equal arguments write equal bytes. Needs the ``gguf``
-package.
+the seed and the tensor's name alone: equal arguments write equal bytes. :func:`write_tiny_lora`
+writes adapters for the llama model. Needs the ``gguf`` package.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -354,6 +354,7 @@ def write_tiny_gguf(
     head_dim: int = 64,
     tags: Literal["control", "user"] = "control",
     add_bos: bool = False,
+    tied: bool = False,
     says_ascii: bool = False,
 ) -> Path:
     """Write a model of ``arch`` (0.4 to 1.4 MB) and return its path.
@@ -362,7 +363,8 @@ def write_tiny_gguf(
     the model was trained with. ``longrope``: llama with two sets of RoPE factors.
     ``rope_base``: frequency base of RoPE. ``head_dim``: width of llama's attention heads.
     ``tags``: whether ``<think>`` and its like are control tokens or user-defined ones.
-    ``add_bos``: whether the model asks for a BOS.
+    ``add_bos``: whether the model asks for a BOS. ``tied``: the matrix that reads tokens also
+    makes the logits.
     ``says_ascii``: the logits of all other tokens than printable ASCII are zero, far from the 40
     largest: random weights would say bytes that are no text, and none that survives a rendering.
     """
@@ -384,13 +386,14 @@ def write_tiny_gguf(
     weights = _Weights(writer, seed)
     d = _BUILDERS[arch](writer, weights, shape)
     weights.matrix("token_embd.weight", d, shape.n_vocab, float(np.sqrt(d)))
-    weights.matrix(
-        "output.weight",
-        d,
-        shape.n_vocab,
-        3.0,
-        keep=[_is_ascii(*token) for token in vocabulary] if says_ascii else None,
-    )
+    if not tied:
+        weights.matrix(
+            "output.weight",
+            d,
+            shape.n_vocab,
+            3.0,
+            keep=[_is_ascii(*token) for token in vocabulary] if says_ascii else None,
+        )
     norm = "token_embd_norm.weight" if arch == "lfm2" else "output_norm.weight"
     weights.vector(norm, d)
     writer.write_header_to_file()
@@ -398,3 +401,82 @@ def write_tiny_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+LLAMA_SHAPES: Final[Mapping[str, tuple[int, int]]] = {
+    "attn_q": (64, 256),
+    "attn_k": (64, 128),
+    "attn_v": (64, 128),
+    "attn_output": (256, 64),
+    "ffn_gate": (64, 128),
+    "ffn_up": (64, 128),
+    "ffn_down": (128, 64),
+}
+"""Matrices of a layer of the llama model that an adapter can change, in ggml's order."""
+
+
+def write_tiny_lora(
+    path: Path,
+    *,
+    seed: int = 0,
+    layers: int = 4,
+    rank: int = 4,
+    targets: Sequence[str] = ("attn_k", "attn_v"),
+    metadata: Mapping[str, Any] | None = None,
+    tensors: Mapping[str, tuple[int, ...]] | None = None,
+    fill: float | None = None,
+) -> Path:
+    """Write an adapter for the llama model (26 KB) and return its path.
+
+    ``targets``: the matrices of each layer that it changes. ``metadata``: values (strings,
+    floats, integers, lists) that are written in place of the usual ones, or None to leave a key
+    out. ``tensors``: shapes, in ggml's order, of tensors that are written instead of the usual
+    ones or besides them; an empty shape leaves one out. ``fill``: what every weight is, instead
+    of a random number.
+    """
+    values: dict[str, Any] = {
+        "general.architecture": "llama",
+        "general.type": "adapter",
+        "adapter.type": "lora",
+        "adapter.lora.alpha": float(rank),
+        **(metadata or {}),
+    }
+    shapes: dict[str, tuple[int, ...]] = {}
+    for layer in range(layers):
+        for target in targets:
+            name = f"blk.{layer}.{target}.weight"
+            ne0, ne1 = LLAMA_SHAPES[target]
+            shapes[f"{name}.lora_a"] = (ne0, rank)
+            shapes[f"{name}.lora_b"] = (rank, ne1)
+    shapes.update(tensors or {})
+    writer = GGUFWriter(path, "llama")
+    writer.kv_data[0].clear()  # it writes the architecture by itself
+    for key, value in values.items():
+        if value is not None:
+            _add_value(writer, key, value)
+    weights = _Weights(writer, seed)
+    for name, shape in shapes.items():
+        if not shape:
+            continue
+        size = tuple(reversed(shape))
+        if fill is None:
+            numbers = weights._rng(name).standard_normal(size) / np.sqrt(shape[0])
+        else:
+            numbers = np.full(size, fill)
+        weights.exact(name, numbers)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _add_value(writer: GGUFWriter, key: str, value: Any) -> None:
+    if isinstance(value, str):
+        writer.add_string(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    else:
+        writer.add_array(key, value)

@@ -20,7 +20,12 @@ from erllama_core.cache.lookup import Match
 from erllama_core.cache.marks import decode_mark
 from erllama_core.cache.reading import read_object
 from erllama_core.cache.tiers import TierStore
-from erllama_core.errors import BlockNotFound, CacheError, CorruptBlock
+from erllama_core.errors import (
+    BlockNotFound,
+    CacheError,
+    CorruptBlock,
+    MemoryBudgetExceeded,
+)
 from erllama_core.interfaces.backend import Mark, RangeImport
 from erllama_core.interfaces.log import get_logger
 from erllama_core.interfaces.tier import Pages
@@ -224,7 +229,9 @@ class Loader:
             self._catalog.forget_copy(store, part.entry)
         except CorruptBlock as error:
             self._catalog.discard_corrupt(store, part.entry.object_id, error.reason)
-        except CacheError:
+        except CacheError as error:
+            if isinstance(error, MemoryBudgetExceeded):
+                self._catalog.counters.add("loads_over_budget")
             # It is there still: another attempt goes without it, a later request may try.
             if part.copy is not None:
                 part.copy.rests_until_s = time.monotonic() + _REST_S

@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Final, Literal
 
 import attrs
 
 from erllama_core.providers import ByteSize
 
 WriteMode = Literal["through", "back"]
+
+
+LIVE_POLICY: Final = frozenset(
+    {
+        "min_tokens",
+        "cold_min_tokens",
+        "cold_max_tokens",
+        "continued_interval",
+        "boundary_trim_tokens",
+        "prefill_chunk_size",
+        "stall_target_ms",
+        "evict_save_timeout_ms",
+    }
+)
+"""Fields that can change while a model is loaded. Another ``boundary_align_tokens`` would make
+its stored state unreadable, and the rest is settled when it joins the cache."""
 
 
 @attrs.frozen(kw_only=True)

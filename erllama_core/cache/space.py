@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 import attrs
@@ -14,7 +14,7 @@ from erllama_core.cache.discovery import wanted_after
 from erllama_core.cache.flow import Draft, Route, SaveBuffer
 from erllama_core.cache.gate import CostGate, Portion
 from erllama_core.cache.index import Entry
-from erllama_core.cache.keys import ContextKeys, salted
+from erllama_core.cache.keys import ContextKeys, adapted, salted
 from erllama_core.cache.loader import Fetch
 from erllama_core.cache.lookup import Divergence, Finder, Match, entry_at
 from erllama_core.cache.marks import MARK_SIZE, encode_mark
@@ -60,7 +60,8 @@ class ModelSpace:
         self._cache: Final = cache
         self._catalog: Final = cache.catalog
         self._flow: Final = cache.flow
-        self._namespace: Final = namespace
+        self._model_namespace: Final = namespace
+        self._namespace = namespace
         self._rendering: Final = rendering
         self._tiers: Final = tuple(cache.catalog.store(name) for name in tiers)
         self._finder: Final = Finder(cache.catalog.index, kv_class, self._tiers)
@@ -85,9 +86,21 @@ class ModelSpace:
         """Whether there is anywhere to save to."""
         return bool(self._tiers)
 
+    def adapt(self, adapters: Iterable[tuple[bytes, float]]) -> None:
+        """Name what is looked up and stored from now on for these adapters: see ``adapted``.
+
+        Keys that were made before are still of the adapters before.
+        """
+        self._namespace = adapted(self._model_namespace, adapters)
+        self._flow.register(self._namespace, self._route)
+
+    def namespace(self, salt: str | None) -> bytes:
+        """Whose state a request with this salt shares. Thread-safe."""
+        return salted(self._namespace, salt)
+
     def keys(self, tokens: bytearray, salt: str | None) -> ContextKeys:
         """The keys of a context that will grow; ``tokens`` stays the caller's. Thread-safe."""
-        namespace = salted(self._namespace, salt)
+        namespace = self.namespace(salt)
         if salt is not None:
             self._flow.register(namespace, self._route)
         text = None

@@ -11,7 +11,7 @@ import pytest
 
 from erllama_core.conformance.kit import ConformanceKit, no_leaks
 from erllama_core.errors import ErllamaError
-from erllama_core.interfaces.pressure import PressureReading, PressureSource
+from erllama_core.interfaces.pressure import PressureReading, PressureSource, StallReading
 
 
 @attrs.frozen(kw_only=True)
@@ -44,25 +44,30 @@ class PressureConformance(ConformanceKit, abc.ABC):
     def test_readings_are_a_tuple_of_readings(
         self, subject: PressureSubject, source: PressureSource
     ) -> None:
-        """A sample is a tuple of ``PressureReading``, empty only for a source that says so.
+        """A sample is a tuple of readings, empty only for a source that says so.
 
         If this fails: the monitor skips the source at every interval, and nothing is released.
         """
         readings = source.sample()
         assert isinstance(readings, tuple)
-        assert all(isinstance(reading, PressureReading) for reading in readings)
+        assert all(isinstance(reading, PressureReading | StallReading) for reading in readings)
         assert bool(readings) is not subject.is_silent
 
     def test_readings_can_be_true(self, source: PressureSource) -> None:
-        """No memory is used beyond its total, or less than not at all.
+        """No memory is used beyond its total, or less than not at all; no stall lasts longer
+        than the time.
 
         If this fails: usage is above 1.0, negative or unknown, and the watermarks mean nothing.
         """
         for reading in source.sample():
-            assert isinstance(reading.used_bytes, int), reading
-            assert isinstance(reading.total_bytes, int), reading
-            assert reading.total_bytes > 0, reading
-            assert 0 <= reading.used_bytes <= reading.total_bytes, reading
+            if isinstance(reading, StallReading):
+                assert 0.0 <= reading.stalled <= 1.0, reading
+                assert 0.0 < reading.limit <= 1.0, reading
+            else:
+                assert isinstance(reading.used_bytes, int), reading
+                assert isinstance(reading.total_bytes, int), reading
+                assert reading.total_bytes > 0, reading
+                assert 0 <= reading.used_bytes <= reading.total_bytes, reading
             assert 0.0 <= reading.usage <= 1.0, reading
 
     def test_resources_have_names_that_stay(self, source: PressureSource) -> None:
@@ -137,6 +142,7 @@ class PressureConformance(ConformanceKit, abc.ABC):
                     readings = source.sample()
                 except (OSError, ErllamaError):
                     continue
-                assert all(reading.total_bytes > 0 for reading in readings)
+                memories = [r for r in readings if isinstance(r, PressureReading)]
+                assert all(reading.total_bytes > 0 for reading in memories)
         finally:
             source.close()

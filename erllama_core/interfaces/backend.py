@@ -63,6 +63,23 @@ class BackendRequest:
     context: ContextOptions
 
 
+@attrs.frozen(kw_only=True)
+class MemoryEstimate:
+    """What a model is going to take of the host's memory; what lies on devices is not in it."""
+
+    weights_bytes: int = 0
+    """Of a mapped file too: the model is slow while they are not in memory."""
+    kv_bytes: int = 0
+    """KV cells and recurrent states of all sequences."""
+    compute_bytes: int = 0
+    """Buffers of a step."""
+
+    @property
+    def total_bytes(self) -> int:
+        """All of it."""
+        return self.weights_bytes + self.kv_bytes + self.compute_bytes
+
+
 # --------------------------------------------------------------- vocabulary
 
 
@@ -451,4 +468,39 @@ class Embeds(Protocol):
 
     def embed(self, tokens: PackedTokens) -> Sequence[float]:
         """One vector for the whole text. Raises NotSupported when the model has none."""
+        ...
+
+
+class Adapter(Protocol):
+    """The weights of a LoRA adapter, for the model that loaded them."""
+
+    def close(self) -> None:
+        """Free them. Idempotent, any thread; also after the model was closed, which frees them.
+
+        They are attached to no context but such as were given up, in which a call may still
+        compute with them: until it comes back they stay.
+        """
+        ...
+
+
+@runtime_checkable
+class Adapts(Protocol):
+    """Optional ability of a BackendModel: LoRA adapters."""
+
+    def load_adapter(self, path: Path) -> Adapter:
+        """Read an adapter; nothing computes with it yet. Any thread, while contexts compute.
+
+        ``path`` is an existing, readable file, but may be anything. Raises AdapterLoadError,
+        whose ``reason`` is what the native side said; EngineClosed.
+        """
+        ...
+
+    def attach(self, context: Context, adapters: Sequence[tuple[Adapter, float]]) -> None:
+        """Have a context of this model compute with these adapters, and with no others.
+
+        Each comes with its scale, a number that a 32-bit float holds and that is not 0. Their
+        order must not matter. Called on the context's thread, while all its sequences are
+        empty. Raises AdapterLoadError when the model cannot compute with them; which ones are
+        attached is then undefined, until a call succeeds.
+        """
         ...

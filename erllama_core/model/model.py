@@ -6,11 +6,14 @@ import functools
 import itertools
 import os
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final, Unpack
 
 import attrs
 
+from erllama_core.cache.budget import Hold
 from erllama_core.cache.cache import Cache
+from erllama_core.cache.policy import SavePolicy
 from erllama_core.errors import (
     CacheError,
     EngineClosed,
@@ -24,6 +27,15 @@ from erllama_core.interfaces.log import get_logger
 from erllama_core.interfaces.markers import ThinkingMarkers, ToolCallMarkers
 from erllama_core.interfaces.stream import ProcessorRequest, RunningSignature
 from erllama_core.interfaces.telemetry import RequestFinished
+from erllama_core.model.adapters import (
+    adapter_name,
+    added,
+    as_scale,
+    check_is_new,
+    open_adapter,
+    removed,
+    scaled,
+)
 from erllama_core.model.chat import render_chat
 from erllama_core.model.chat_opening import with_opening
 from erllama_core.model.explain import explain
@@ -32,6 +44,7 @@ from erllama_core.model.request import Request
 from erllama_core.model.worker import Worker
 from erllama_core.prompt import Prompt, pack
 from erllama_core.results import (
+    AdapterInfo,
     CacheHit,
     CacheKey,
     Completion,
@@ -87,12 +100,15 @@ class ModelParts:
 class Model:
     """Weights, a context and its worker, under an id. Thread-safe."""
 
-    def __init__(self, parts: ModelParts, unload: Callable[[Model], None]) -> None:
+    def __init__(
+        self, parts: ModelParts, unload: Callable[[Model], None], memory: Hold | None = None
+    ) -> None:
         self.id: Final = parts.id
         self._parts: Final = parts
         self._backend: Final = parts.backend
         self._worker: Final = parts.worker
         self._unload: Final = unload
+        self._memory: Final = memory
         self._closed = False
         self._pid: Final = os.getpid()
 
@@ -226,6 +242,7 @@ class Model:
             next(_request_ids),
             prompt,
             options,
+            model=self.id,
             context_size=limit,
             sampler=self._backend.new_sampler(options.sampling(), prompt.packed),
             pipeline=pipeline,
@@ -308,6 +325,57 @@ class Model:
             reused_tokens=reused,
             saving=self._worker.shortfall(len(whole)),
         )
+
+    # ---------------------------------------------------------------- adapters
+
+    def load_adapter(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        name: str | None = None,
+        scale: float = 1.0,
+        timeout_s: float | None = None,
+    ) -> AdapterInfo:
+        """Load a LoRA adapter, under its file's name if not under another, and use it.
+
+        Requests that run end with the adapters that they began with; those that come or wait
+        run with this one too. Returns when it is in effect. ``timeout_s``: seconds that the
+        requests that run have to end, None for any time. Raises AdapterLoadError, AlreadyLoaded,
+        NotSupported, AdapterTimeout, EngineClosed; nothing was changed then.
+        """
+        self._check_open()
+        check_is_new(adapter_name(Path(path), name), self._worker.adapters)
+        adapter = open_adapter(
+            self._backend, self._parts.backend_name, path, name=name, scale=scale
+        )
+        try:
+            self._worker.change_adapters(functools.partial(added, adapter), timeout_s)
+        except BaseException:
+            adapter.weights.close()
+            raise
+        return adapter.info
+
+    def unload_adapter(self, name: str, *, timeout_s: float | None = None) -> None:
+        """Go on without an adapter, and free it; like :meth:`load_adapter` when requests run.
+
+        Raises AdapterNotFound, AdapterTimeout, EngineClosed.
+        """
+        self._check_open()
+        self._worker.change_adapters(functools.partial(removed, name), timeout_s)
+
+    def set_adapter_scale(self, name: str, scale: float, *, timeout_s: float | None = None) -> None:
+        """Have an adapter work more or less; like :meth:`load_adapter` when requests run.
+
+        Raises AdapterNotFound, AdapterTimeout, EngineClosed; AdapterLoadError when the model
+        computes no numbers with that scale.
+        """
+        self._check_open()
+        as_scale(scale)
+        self._worker.change_adapters(functools.partial(scaled, name, scale), timeout_s)
+
+    def list_adapters(self) -> list[AdapterInfo]:
+        """The adapters in effect, in the order in which they were loaded; waits for nobody."""
+        return [one.info for one in self._worker.adapters]
 
     # ----------------------------------------------------------- text and tokens
 
@@ -419,6 +487,26 @@ class Model:
         """Wait until answered requests have handed their state over; False when time ran out."""
         return self._worker.settle(timeout_s)
 
+    def set_policy(self, policy: SavePolicy) -> None:
+        """Go by another save policy, from the next step on; for the engine.
+
+        Of :data:`LIVE_POLICY` alone: the others must be what they were.
+        """
+        self._worker.set_policy(policy)
+
+    def drop_residents(self, timeout_s: float = 0.0) -> int:
+        """Have idle sequences give back their cells, saved first; how many did in that time."""
+        return self._worker.drop_residents(timeout_s)
+
+    @property
+    def last_used_s(self) -> float:
+        """When a request came or ended last, or it was loaded; on the monotonic clock."""
+        return self._worker.last_used_s
+
+    def stop_if_idle(self) -> bool:
+        """Take no more requests, if none runs or waits; for the engine, which closes it then."""
+        return self._worker.stop_if_idle()
+
     def unload(self) -> None:
         """End its requests with EngineClosed and free it. Idempotent."""
         self._unload(self)
@@ -427,6 +515,8 @@ class Model:
         """What :meth:`unload` does, without telling the engine; for the engine. Idempotent."""
         self._closed = True
         self._worker.close()
+        if self._memory is not None:
+            self._memory.release()
 
     def _check_open(self) -> None:
         if self._closed:

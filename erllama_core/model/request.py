@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 from erllama_core.cache.keys import ContextKeys
 from erllama_core.interfaces.backend import Sampler
 from erllama_core.interfaces.block import TOKEN_BYTES
+from erllama_core.interfaces.log import get_logger
 from erllama_core.interfaces.stream import Done, Event
 from erllama_core.model.explain import Finding
 from erllama_core.model.options import RequestOptions
@@ -30,6 +31,8 @@ from erllama_core.stream.pipeline import Pipeline
 if TYPE_CHECKING:
     from erllama_core.model.sequences import LiveSequence
     from erllama_core.model.session import Session
+
+log = get_logger("erllama.model")
 
 
 class Phase(enum.Enum):
@@ -56,6 +59,7 @@ class Request:
         prompt: Prompt,
         options: RequestOptions,
         *,
+        model: str = "",
         context_size: int,
         sampler: Sampler,
         pipeline: Pipeline,
@@ -65,6 +69,8 @@ class Request:
         on_answer: Callable[[Request, Stats | Exception], None] | None = None,
     ) -> None:
         self.id: Final = request_id
+        self.model: Final = model
+        """Its model's id, for the log."""
         self._on_answer: Final = on_answer
         self.options: Final = options
         self.prompt_tokens = len(prompt)
@@ -248,16 +254,43 @@ class Request:
 
     def finish(self, stats: Stats) -> None:
         """Deliver the end, unless there was one."""
-        self._answer(Done(stats), stats)
+        if self._answer(Done(stats), stats):
+            log.info(
+                "request.finished",
+                request=self.id,
+                model=self.model,
+                reason=stats.finish_reason,
+                prompt_tokens=stats.prompt_tokens,
+                completion_tokens=stats.completion_tokens,
+                cache_hit=stats.cache_hit_kind,
+                reused_tokens=stats.cache_delta.read,
+                first_token_s=_rounded(stats.first_token_s),
+                seconds=_rounded(time.perf_counter() - self.submitted_at),
+            )
 
     def fail(self, error: Exception) -> None:
         """Deliver an error instead of an end, unless there was one."""
-        self._answer(error, error)
+        if self._answer(error, error):
+            # Not what it says, which is for the caller.
+            log.info(
+                "request.failed",
+                request=self.id,
+                model=self.model,
+                error=type(error).__name__,
+                prompt_tokens=self.prompt_tokens,
+                completion_tokens=len(self.generated),
+            )
 
-    def _answer(self, end: Done | Exception, outcome: Stats | Exception) -> None:
+    def _answer(self, end: Done | Exception, outcome: Stats | Exception) -> bool:
+        """Whether this is the answer."""
         if self.is_answered:
-            return
+            return False
         self.is_answered = True
         self.mailbox.put(end)
         if self._on_answer is not None:
             self._on_answer(self, outcome)
+        return True
+
+
+def _rounded(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 6)

@@ -17,7 +17,7 @@ from erllama_core.cache.loader import Fetch
 from erllama_core.cache.lookup import Match
 from erllama_core.cache.space import ModelSpace
 from erllama_core.interfaces.backend import Context, KVClass, Mark
-from erllama_core.interfaces.log import get_logger
+from erllama_core.interfaces.log import get_logger, told
 from erllama_core.model.explain import examine
 from erllama_core.model.request import Phase, Request
 from erllama_core.model.sequences import LiveSequence, SequencePool, shared_tokens
@@ -172,7 +172,7 @@ class Restorer:
         try:
             shared = self._context.share(donor.seq, own.seq, length)
         except Exception as error:  # noqa: BLE001 - a backend's own mistake
-            log.warning("share.refused", request=request.id, error=repr(error))
+            log.warning("share.refused", request=request.id, model=request.model, error=told(error))
             self._context.drop(own.seq)
             shared = False
         if not shared:
@@ -329,7 +329,9 @@ class Restorer:
         except Exception as error:  # noqa: BLE001 - StateRejected, or a backend's own mistake
             # The sequence may hold a part. What was refused once will be refused again, so
             # the prompt is computed: cache trouble never fails a request.
-            log.warning("restore.refused", request=request.id, error=str(error))
+            log.warning(
+                "restore.refused", request=request.id, model=request.model, error=told(error)
+            )
             self._space.refused(fetch.match)
             _note(request, f"the backend refused the stored state: {error}")
             self._restart(request)

@@ -14,7 +14,7 @@ from erllama_core.cache.keys import ContextKeys
 from erllama_core.cache.policy import SavePolicy
 from erllama_core.cache.space import ModelSpace, NewBlock
 from erllama_core.interfaces.backend import Context, KVClass, RangeExport
-from erllama_core.interfaces.log import get_logger
+from erllama_core.interfaces.log import get_logger, told
 from erllama_core.model.request import Request
 from erllama_core.model.snapshots import interval_of, opening, positions
 
@@ -31,10 +31,14 @@ class Saver:
     def __init__(self, context: Context, space: ModelSpace, policy: SavePolicy) -> None:
         self._context: Final = context
         self._space: Final = space
-        self._policy: Final = policy
+        self._policy = policy
         self._align: Final = space.align_tokens
         self._snapshot_bytes = 0
         """Of the last snapshot: that of another one is much the same."""
+
+    def set_policy(self, policy: SavePolicy) -> None:
+        """Go by another policy from now on; what was saved by the old one stays."""
+        self._policy = policy
 
     def saves(self, tokens: int) -> bool:
         """Whether a context of that length is saved at all."""
@@ -186,7 +190,7 @@ class Saver:
             yield
         except Exception as error:  # noqa: BLE001 - a backend's own code, or the cache's
             self._space.count_unsaved()
-            log.warning("save.failed", request=request.id, error=repr(error))
+            log.warning("save.failed", request=request.id, model=request.model, error=told(error))
 
     def _save_blocks(self, request: Request, end: int, reason: SaveReason) -> None:
         keys = request.keys

@@ -216,10 +216,12 @@ class SequencePool:
             return self.ledger.exclusive({live.seq for live in lives})
         return sum(live.length for live in lives)
 
-    def drop_all_idle(self) -> None:
-        """Drop every resident, pinned or not."""
-        for live in self.residents():
+    def drop_all_idle(self) -> int:
+        """Drop every resident, pinned or not; how many there were."""
+        residents = self.residents()
+        for live in residents:
             self.drop(live)
+        return len(residents)
 
     def residents(self) -> list[LiveSequence]:
         """Idle sequences that hold a context."""

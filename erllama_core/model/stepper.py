@@ -11,7 +11,7 @@ from erllama_core.cache.space import ModelSpace
 from erllama_core.errors import DecodeAborted, DecodeTimeout
 from erllama_core.interfaces.backend import Context, Mark, Row, Vocabulary
 from erllama_core.interfaces.block import TOKEN_BYTES
-from erllama_core.interfaces.log import get_logger
+from erllama_core.interfaces.log import get_logger, told
 from erllama_core.model.endings import Endings, as_erllama_error
 from erllama_core.model.request import Phase, Request
 from erllama_core.model.restorer import Restorer
@@ -51,10 +51,14 @@ class Stepper:
         self._roster: Final = roster
         self._restorer: Final = restorer
         self._endings: Final = endings
-        self._composer: Final = composer
+        self._composer = composer
         self._watch: Final = watch
         self.pace: Final = Pace()
         self.preemptions = 0
+
+    def set_composer(self, composer: TickComposer) -> None:
+        """Compose batches in another way from the next one on."""
+        self._composer = composer
 
     def step(self) -> bool:
         """One batch: a token of every running reply, then parts of prompts in fair turns.
@@ -136,7 +140,9 @@ class Stepper:
 
     def _preempt(self, request: Request) -> None:
         """Take a request's cells; it goes on where it was when all that it needs is free."""
-        log.debug("request.preempted", request=request.id, tokens=request.computed)
+        log.debug(
+            "request.preempted", request=request.id, model=request.model, tokens=request.computed
+        )
         self.preemptions += 1
         self._saver.at_end(request, None, "evict")
         self._saver.let_go(request)
@@ -168,8 +174,9 @@ class Stepper:
                 "time, or compute less at once (n_batch, prefill_chunk_size)"
             )
         elif not asked:
-            log.warning("step.failed", error=str(error))
-        failure = as_erllama_error(error, "the backend raised in a step")
+            requests = [request.id for request in batch]
+            log.warning("step.failed", model=batch[0].model, requests=requests, error=told(error))
+        failure = as_erllama_error(error, "the backend raised in a step", model=batch[0].model)
         # All of them before any ends: who waits for one of them looks at what the others hold.
         broken = [r for r in batch if self._context.length(r.seq) != r.computed]
         for request in broken:

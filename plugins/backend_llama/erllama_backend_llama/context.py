@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -9,7 +10,8 @@ from llama_cpp import llama_cpp
 
 from erllama_backend_llama import logits, native
 from erllama_backend_llama.abort import AbortFlag
-from erllama_backend_llama.batch import Batch
+from erllama_backend_llama.adapter import LlamaAdapter
+from erllama_backend_llama.batch import Batch, Output
 from erllama_backend_llama.context_params import cost_prior, native_params
 from erllama_backend_llama.healing import Healer
 from erllama_backend_llama.kv_class import MemoryClass, Pools, claimed_class, prove
@@ -95,7 +97,13 @@ class LlamaContext:
             self._n_batch = int(llama_cpp.llama_n_batch(self._context))
             self._n_seq_max = n_seq_max
             self._lengths = [0] * n_seq_max
-            self._outputs: list[int | None] = []
+            self._outputs: list[Output | None] = []
+            self._logits: logits.Logits | None = None
+            """Of the last step, a row for each of its rows, in the order of its batch."""
+            self._largest: list[int] = []
+            """The token with the largest logit of each."""
+            self.adapters: tuple[LlamaAdapter, ...] = ()
+            """Those that it computes with."""
             self._stateless: set[int] = set()
             """Sequences with ranges whose snapshot is still to come."""
             self._batch = Batch(n_batch=self._n_batch, n_seq=n_seq, n_vocab=n_vocab)
@@ -173,6 +181,29 @@ class LlamaContext:
             output if row.logits else None for row, output in zip(rows, outputs, strict=True)
         ]
 
+    def set_adapters(self, adapters: Sequence[tuple[LlamaAdapter, float]]) -> None:
+        """Compute with these from now on, and try it. Raises ValueError while there are tokens.
+
+        The trial is also the step in which llama.cpp plans its graphs anew, and reads what
+        :class:`NativeLock` guards: whoever calls this holds that lock. Raises DecodeFailed.
+        """
+        context = self._open_context()
+        if any(self._lengths):
+            raise ValueError("adapters are changed while all sequences are empty")
+        natives, scales = None, None
+        if adapters:
+            kind = type(adapters[0][0].native)
+            natives = (kind * len(adapters))(*(adapter.native for adapter, _ in adapters))
+            scales = (ctypes.c_float * len(adapters))(*(scale for _, scale in adapters))
+        llama_cpp.llama_set_adapters_lora(context, natives, len(adapters), scales)
+        before, self.adapters = self.adapters, tuple(adapter for adapter, _ in adapters)
+        for adapter in self.adapters:
+            adapter.attached()
+        for adapter in before:
+            adapter.detached()
+        self.step([Row(0, 0, bytes(4), logits=True)])
+        self.drop(0)
+
     def abort(self) -> None:
         """End the running step at its next graph node. Any thread; on the CPU alone."""
         self._abort.set()
@@ -195,23 +226,27 @@ class LlamaContext:
         if not can_return:
             self.drop(seq)
 
-    def _check_numbers(self, rows: Sequence[Row], outputs: Sequence[int]) -> None:
+    def _check_numbers(self, rows: Sequence[Row], outputs: Sequence[Output]) -> None:
         """Raise DecodeFailed when a row came out as no numbers; its sequence is then empty.
 
         The cells of such a row must be neither used nor saved: in one pool of cells, without
         flash attention, a single NaN among them makes every other sequence's next step NaN,
         and it stays there until the cells are zeroed.
         """
-        spoilt: set[int] = set()
-        failure: DecodeFailed | None = None
-        for row, output in zip(rows, outputs, strict=True):
-            try:
-                logits.check(self._logits(output))
-            except DecodeFailed as error:
-                spoilt.add(row.seq)
-                failure = error
-        if failure is None:
+        pointer = llama_cpp.llama_get_logits(self._context)
+        if not pointer:
+            for row in rows:
+                self._take_back(row)
+            raise DecodeFailed("llama.cpp kept no logits for rows that asked for them", code=0)
+        self._logits = logits.view(pointer, len(rows), self._n_vocab)
+        self._largest = logits.largest(self._logits)
+        if min(self._largest) >= 0:
             return
+        spoilt = {
+            row.seq
+            for row, (_, place) in zip(rows, outputs, strict=True)
+            if self._largest[place] < 0
+        }
         if self._healer is not None:
             self._healer.note_spoilt(spoilt)
         for row in rows:
@@ -219,21 +254,29 @@ class LlamaContext:
                 self.drop(row.seq)
             else:
                 self._take_back(row)
-        raise failure
+        raise DecodeFailed(
+            "the model computed logits that are not numbers; the weights or a restored state "
+            "are damaged",
+            code=0,
+        )
 
     def sample(self, row: int, sampler: Sampler, *, greedy: bool = False) -> int:
         """Draw from the row's logits, which ``step`` found to be numbers."""
         if not isinstance(sampler, LlamaSampler):
             raise TypeError(f"a sampler of this backend's new_sampler, got {sampler!r}")
-        output = self._output(row)
+        index, place = self._output(row)
+        if sampler.takes_largest(greedy=greedy):
+            return self._largest[place]
         chain = sampler.chain_for(greedy=greedy)
-        token: int = llama_cpp.llama_sampler_sample(chain, self._context, output)
+        token: int = llama_cpp.llama_sampler_sample(chain, self._context, index)
         sampler.note_drawn(token, greedy=greedy)
         return token
 
     def mark(self, row: int, size: int | None) -> Mark:
         """The row's largest logits."""
-        return logits.make_mark(self._logits(self._output(row)), size)
+        _, place = self._output(row)
+        assert self._logits is not None
+        return logits.make_mark(self._logits[place], size)
 
     # ----------------------------------------------------------- sequences
 
@@ -372,7 +415,11 @@ class LlamaContext:
         context, self._context = self._context, None
         if context is not None:
             self._outputs = []
+            self._logits = None
             llama_cpp.llama_free(context)
+            for adapter in self.adapters:
+                adapter.detached()
+            self.adapters = ()
 
     # -------------------------------------------------------------- checks
 
@@ -465,18 +512,12 @@ class LlamaContext:
             raise NotSupported(_LACKS.format(self.kv_class.value, "ranges"))
         return self._ranges
 
-    def _output(self, row: int) -> int:
+    def _output(self, row: int) -> Output:
         self._open_context()
         output = self._outputs[row] if 0 <= row < len(self._outputs) else None
         if output is None:
             raise ValueError(f"row {row} of the last step has no logits")
         return output
-
-    def _logits(self, output: int) -> logits.Logits:
-        pointer = llama_cpp.llama_get_logits_ith(self._context, output)
-        if not pointer:
-            raise DecodeFailed("llama.cpp kept no logits for a row that asked for them", code=0)
-        return logits.view(pointer, self._n_vocab)
 
     # ------------------------------------------------------------- opening
 

@@ -4,23 +4,33 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, Final
 
 from llama_cpp import llama_cpp
 
 from erllama_backend_llama import native
+from erllama_backend_llama.adapter import LlamaAdapter, NativeLock, check_adapter, read_ahead
 from erllama_backend_llama.context import LlamaContext
 from erllama_backend_llama.context_params import check_options
-from erllama_backend_llama.gguf_check import check_gguf
+from erllama_backend_llama.gguf_file import Tensor
 from erllama_backend_llama.identity import state_identity
+from erllama_backend_llama.model_check import check_model
 from erllama_backend_llama.options import LlamaOptions
 from erllama_backend_llama.quantisation import from_file_type
 from erllama_backend_llama.sampler import LlamaSampler
 from erllama_backend_llama.vocabulary import LlamaVocabulary
-from erllama_core.errors import EngineClosed, ModelLoadError
+from erllama_core.errors import (
+    AdapterLoadError,
+    DecodeAborted,
+    DecodeFailed,
+    EngineClosed,
+    ModelLoadError,
+)
 from erllama_core.interfaces.backend import (
+    Adapter,
     BackendRequest,
     Context,
     ContextOptions,
@@ -57,9 +67,9 @@ def load_model(request: BackendRequest) -> LlamaModel:
     if request.model_path is None:
         raise ModelLoadError('the backend "llama" needs model_path, the path of a GGUF file')
     check_options(request.context)
-    check_gguf(request.model_path)
+    tensors = check_model(request.model_path)
     native.start()
-    params, _kept = _model_params(options)
+    params, _kept = model_params(options)
     with native.collect_log() as lines:
         model = llama_cpp.llama_model_load_from_file(os.fsencode(request.model_path), params)
     if not model:
@@ -70,7 +80,7 @@ def load_model(request: BackendRequest) -> LlamaModel:
         )
     try:
         _check_generates(model)
-        return LlamaModel(model, request.context)
+        return LlamaModel(model, request.context, tensors)
     except BaseException:
         llama_cpp.llama_model_free(model)
         raise
@@ -79,9 +89,10 @@ def load_model(request: BackendRequest) -> LlamaModel:
 class LlamaModel:
     """A ``llama_model``. Thread-safe but for :meth:`open_context` and :meth:`close`."""
 
-    def __init__(self, model: Any, options: ContextOptions) -> None:
+    def __init__(self, model: Any, options: ContextOptions, tensors: Mapping[str, Tensor]) -> None:
         """Takes ``model`` over when it returns; raises without having freed it."""
         self._options = options
+        self._tensors: Final = tensors
         self._metadata: Final = _metadata(model)
         self._vocabulary: Final = LlamaVocabulary(model)
         self.description: Final = _string(partial(llama_cpp.llama_model_desc, model))
@@ -93,6 +104,10 @@ class LlamaModel:
             template.decode("utf-8", "replace") if template else None
         )
         self._context: LlamaContext | None = None
+        """The one opened last."""
+        self._contexts: Final[list[LlamaContext]] = []
+        self._lock: Final = NativeLock()
+        self._adapters: Final[list[LlamaAdapter]] = []
         self._model: Any = model
 
     @property
@@ -110,12 +125,50 @@ class LlamaModel:
         )
 
     def open_context(self) -> Context:
-        if self._model is None:
-            raise EngineClosed("the model was unloaded")
-        if self._context is not None:
-            raise ValueError("the context was opened before")
-        self._context = LlamaContext(self._model, self._options, n_vocab=self._vocabulary.n_tokens)
-        return self._context
+        with self._lock:
+            if self._model is None:
+                raise EngineClosed("the model was unloaded")
+            n_vocab = self._vocabulary.n_tokens
+            self._context = LlamaContext(self._model, self._options, n_vocab=n_vocab)
+            self._contexts.append(self._context)
+            return self._context
+
+    def load_adapter(self, path: Path) -> LlamaAdapter:
+        """See ``Adapts``."""
+        check_adapter(path, self._metadata["general.architecture"], self._tensors)
+        read_ahead(path)
+        with self._lock:
+            if self._model is None:
+                raise EngineClosed("the model was unloaded")
+            with native.collect_log() as lines:
+                adapter = llama_cpp.llama_adapter_lora_init(self._model, os.fsencode(path))
+            if not adapter:
+                raise AdapterLoadError(
+                    f"{path}: llama.cpp could not load the adapter", reason=native.reason(lines)
+                )
+            loaded = LlamaAdapter(adapter, self._lock)
+            self._adapters[:] = [one for one in self._adapters if one.native is not None]
+            self._adapters.append(loaded)
+            return loaded
+
+    def attach(self, context: Context, adapters: Sequence[tuple[Adapter, float]]) -> None:
+        """See ``Adapts``. Raises AdapterLoadError when the model computes no numbers with them."""
+        if not isinstance(context, LlamaContext):
+            raise TypeError(f"a context of this backend, got {context!r}")
+        chosen = []
+        for adapter, scale in adapters:
+            if not isinstance(adapter, LlamaAdapter) or adapter.native is None:
+                raise TypeError(f"an adapter that this model has loaded, got {adapter!r}")
+            chosen.append((adapter, scale))
+        with self._lock:
+            try:
+                context.set_adapters(chosen)
+            except DecodeAborted:
+                raise
+            except DecodeFailed as error:
+                raise AdapterLoadError(
+                    "the model cannot compute with these adapters and scales", reason=str(error)
+                ) from error
 
     def new_sampler(self, params: SamplingParams, history: PackedTokens) -> Sampler:
         """A sampler of its own. Raises ValueError for parameters that mean nothing."""
@@ -123,16 +176,19 @@ class LlamaModel:
 
     def close(self) -> None:
         """Free the weights, and before them the context if that is still open. Idempotent."""
-        model, self._model = self._model, None
-        if model is None:
-            return
-        self._vocabulary.close()
-        if self._context is not None:
-            self._context.close()
-        llama_cpp.llama_model_free(model)
+        with self._lock:
+            model, self._model = self._model, None
+            if model is None:
+                return
+            self._vocabulary.close()
+            for context in self._contexts:
+                context.close()
+            llama_cpp.llama_model_free(model)
+            for adapter in self._adapters:
+                adapter.gone()
 
 
-def _model_params(options: LlamaOptions) -> tuple[Any, Any]:
+def model_params(options: LlamaOptions) -> tuple[Any, Any]:
     """``struct llama_model_params``, and what must stay alive while it is used."""
     params = llama_cpp.llama_model_default_params()
     params.n_gpu_layers = options.n_gpu_layers

@@ -72,6 +72,14 @@ class LlamaSampler:
             raise EngineClosed("the sampler was closed; its request has ended")
         return self._chain
 
+    def takes_largest(self, *, greedy: bool) -> bool:
+        """Whether the next draw is the largest logit, the first of equal ones, and nothing else.
+
+        llama.cpp's greedy sampler finds it in 0.07 ms for a vocabulary of 49,152, most of which
+        is copying the row; whoever knows it already need not ask. Raises EngineClosed.
+        """
+        return self.chain is not None and not self._has_penalties and (greedy or self._is_greedy)
+
     def chain_for(self, *, greedy: bool) -> Any:
         """The native chain to draw with; :meth:`note_drawn` must follow the draw.
 

@@ -34,7 +34,8 @@ def test_what_is_wanted_is_taken_and_the_rest_keeps_its_distance(
         if at not in must:
             assert at - before == interval or at in offered
             assert at - before > min(interval - near - 1, max(least, before) - 1)
-            assert after - at >= max(1, near)
+            assert after - at >= (near if before >= interval else (at - before) // 16)
+            assert after - at > 0
 
 
 @given(st.integers(64, 600), SPOTS, SPOTS, st.integers(0, LIMIT))

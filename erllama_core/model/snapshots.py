@@ -23,6 +23,9 @@ from erllama_core.cache.policy import SavePolicy
 
 _CLOSE: Final = 4
 """Two positions are near to each other by less than this part of the interval."""
+_SHORT: Final = 16
+"""Near the beginning a position is too near to the next one if it is by this part of the distance
+from the one before."""
 _TAIL: Final = 32
 """A prompt whose last control token is further from its end does not open a reply with it."""
 
@@ -63,8 +66,11 @@ def _next(last: int, end: int, interval: int, least: int, offered: Sequence[int]
     near = max(1, interval // _CLOSE)
     if last < interval:
         early = bisect.bisect_left(offered, last + max(least, last))
-        if early < len(offered) and offered[early] <= min(last + interval, end - near):
-            return offered[early]
+        if early < len(offered):
+            at = offered[early]
+            # The end of a system prompt is worth having, even if the question is a short one.
+            if at <= last + interval and end - at > (at - last) // _SHORT:
+                return at
     regular = last + interval
     if regular > end - near:
         return None

@@ -819,6 +819,68 @@ def test_a_wrong_model_is_caught(make: Callable[[], Any], test: str) -> None:
     fails(BackendConformance, test, *([subject] if takes_subject else []), make())
 
 
+class IgnoresTheGrammar(WrappedModel):
+    def new_constrained_sampler(self, params: Any, history: bytes, constraint: Any) -> Any:
+        sampler = self._inner.new_sampler(params, history)
+        sampler.turned_down = 0
+        return sampler
+
+
+class IgnoresExclusions(WrappedModel):
+    def new_constrained_sampler(self, params: Any, history: bytes, constraint: Any) -> Any:
+        free = attrs.evolve(constraint, excluded=frozenset())
+        if "[" in constraint.grammar.text:
+            return self._inner.new_constrained_sampler(params, history, free)
+        token = next(iter(constraint.excluded - self._inner.vocabulary.end_of_generation))
+        sampler = self._inner.new_constrained_sampler(params, history, free)
+        sampler.sample_row = lambda row, greedy=False: token
+        return sampler
+
+
+class DrawsAnewAfterAMark(WrappedModel):
+    """What a mark's draw came to is forgotten where the mark did not do."""
+
+    def new_constrained_sampler(self, params: Any, history: bytes, constraint: Any) -> Any:
+        sampler = self._inner.new_constrained_sampler(params, history, constraint)
+        inner = sampler.sample_mark
+
+        def sample_mark(mark: Mark, *, greedy: bool = False) -> Any:
+            token = inner(mark, greedy=greedy)
+            if token is None:
+                sampler._awaits_row = False
+            return token
+
+        sampler.sample_mark = sample_mark
+        return sampler
+
+
+class AnotherTokensLogit(Wrapped):
+    def logit(self, row: int, token: int) -> float:
+        found: float = self._inner.logit(row, max(0, token - 1))
+        return found
+
+
+@pytest.mark.parametrize(
+    ("make", "test"),
+    [
+        (IgnoresTheGrammar, "test_a_grammar_shapes_a_reply"),
+        (DrawsAnewAfterAMark, "test_a_grammar_shapes_a_reply"),
+        (IgnoresExclusions, "test_an_excluded_token_never_comes"),
+    ],
+)
+def test_a_wrong_grammar_is_caught(make: type[WrappedModel], test: str) -> None:
+    """Replies that leave their grammar, or depend on what was cached, are told."""
+    subject = BackendSubject(load=stub)
+    fails(BackendConformance, test, subject, make(stub(ContextOptions()), Wrapped))
+
+
+def test_wrong_logits_are_caught() -> None:
+    """The logit of a neighbour is told from the right one."""
+    subject = BackendSubject(load=stub)
+    context = AnotherTokensLogit(stub(subject.options).open_context())
+    fails(BackendConformance, "test_logits_are_told", subject, context)
+
+
 def test_a_shared_sampler_is_caught() -> None:
     """Two requests that draw from one state are told apart from two that do not."""
 

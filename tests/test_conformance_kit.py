@@ -13,7 +13,7 @@ from typing import Any
 import attrs
 import pytest
 
-from erllama_backend_stub import StubOptions, open_model
+from erllama_backend_stub import StubModel, StubOptions, open_model
 from erllama_core.conformance import (
     BackendConformance,
     BackendSubject,
@@ -28,7 +28,9 @@ from erllama_core.conformance import (
 from erllama_core.conformance.kit import ConformanceKit
 from erllama_core.errors import BlockNotFound, DecodeAborted, TierFull
 from erllama_core.interfaces.backend import (
+    Adapter,
     BackendRequest,
+    Context,
     ContextOptions,
     Mark,
     RangeExport,
@@ -893,6 +895,35 @@ def test_a_shared_sampler_is_caught() -> None:
     subject = BackendSubject(load=stub)
     model = SharedByAll(stub(ContextOptions()), Wrapped)
     fails(BackendConformance, "test_samplers_share_nothing", subject, model)
+
+
+class IgnoresAdapters(StubModel):
+    def attach(self, context: Context, adapters: Sequence[tuple[Adapter, float]]) -> None:
+        """It forgets to."""
+
+
+class ForgetsScales(StubModel):
+    def attach(self, context: Context, adapters: Sequence[tuple[Adapter, float]]) -> None:
+        super().attach(context, [(adapter, 1.0) for adapter, _ in adapters])
+
+
+class KeepsAdapters(StubModel):
+    def attach(self, context: Context, adapters: Sequence[tuple[Adapter, float]]) -> None:
+        if adapters:
+            super().attach(context, adapters)
+
+
+@pytest.mark.parametrize("wrong", [IgnoresAdapters, ForgetsScales, KeepsAdapters])
+def test_adapters_that_do_not_work_are_caught(wrong: type[StubModel], tmp_path: Path) -> None:
+    """Adapters that change nothing, whatever their scale, or for ever."""
+    subject = BackendSubject(
+        load=lambda options: wrong(StubOptions(), options, None),
+        write_adapter=lambda path: path.write_bytes(b"stub adapter\n"),
+    )
+    test = "test_adapters_change_what_is_computed"
+    fails(BackendConformance, test, subject, subject.options, tmp_path)
+    mute = attrs.evolve(subject, write_adapter=None)
+    fails(BackendConformance, test, mute, subject.options, tmp_path)
 
 
 # ---------------------------------------------------------------- the kit itself

@@ -23,6 +23,7 @@ import re
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Final
 
 import attrs
@@ -30,8 +31,10 @@ import pytest
 
 from erllama_core.conformance.grammars import DIGITS, reply, spelling
 from erllama_core.conformance.kit import ConformanceKit, no_leaks
-from erllama_core.errors import DecodeFailed, ErllamaError, StateRejected
+from erllama_core.errors import AdapterLoadError, DecodeFailed, ErllamaError, StateRejected
 from erllama_core.interfaces.backend import (
+    Adapter,
+    Adapts,
     BackendModel,
     ConstrainedSampler,
     Constrains,
@@ -86,6 +89,8 @@ class BackendSubject:
     """Of the contexts; ``kv_unified`` is set by the tests."""
     unified: tuple[bool, ...] = (True, False)
     """The modes of ``kv_unified`` that it has."""
+    write_adapter: Callable[[Path], object] | None = None
+    """Writes an adapter that fits the model to a path; needed where models have adapters."""
 
 
 # ------------------------------------------------------------- helpers of tests
@@ -349,6 +354,49 @@ class BackendConformance(ConformanceKit, abc.ABC):
                 return  # the ability is there, and this model has no embeddings
             assert vector == list(model.embed(tokens))
             assert all(isinstance(number, float) for number in vector)
+
+    def test_adapters_change_what_is_computed(
+        self, subject: BackendSubject, options: ContextOptions, tmp_path: Path
+    ) -> None:
+        """An adapter changes logits, each scale in its way, and leaves no trace when it is gone.
+
+        A file that is no adapter is refused; closing one twice, or after the model, is harmless.
+
+        If this fails: requests are answered with other adapters than they were meant to, and
+        their state is stored under adapters that it was not computed with.
+        """
+        model = subject.load(options)
+        if not isinstance(model, Adapts):
+            model.close()
+            return
+        assert subject.write_adapter is not None, "the models have adapters: say how to write one"
+        path, wrong = tmp_path / "adapter", tmp_path / "wrong"
+        subject.write_adapter(path)
+        wrong.write_bytes(b"nothing of the kind")
+        context = model.open_context()
+
+        def logits(*adapters: tuple[Adapter, float]) -> list[float]:
+            model.attach(context, adapters)
+            row = feed(context, 0, subject.tokens[:40])
+            context.drop(0)
+            return row
+
+        adapter, other = model.load_adapter(path), model.load_adapter(path)
+        bare = logits()
+        rows = [bare, logits((adapter, 1.0)), logits((adapter, 0.5))]
+        rows.append(logits((adapter, 1.0), (other, 1.0)))
+        for one, another in itertools.combinations(rows, 2):
+            assert apart(one, another) > subject.rounding
+        assert apart(logits((other, 0.5)), rows[2]) <= subject.rounding
+        assert apart(logits(), bare) <= subject.rounding
+        adapter.close()
+        adapter.close()
+        assert apart(logits(), bare) <= subject.rounding
+        with pytest.raises(AdapterLoadError):
+            model.load_adapter(wrong)
+        context.close()
+        model.close()
+        other.close()
 
     def test_opening_and_closing_leaks_nothing(
         self, subject: BackendSubject, options: ContextOptions

@@ -1,7 +1,7 @@
-"""Replies by a grammar, or a JSON schema
+"""Replies of a form: grammars and JSON schemas
 
-A grammar in llama.cpp's notation, or a JSON schema, says what the reply looks like: whatever the
-model would rather say, it says that. A mistake in either is told at once, with its place.
+A grammar (GBNF) governs every token of one request; a JSON schema is made into one. Mistakes are
+told at the call, with their place.
 """
 
 import json
@@ -14,25 +14,23 @@ root  ::= "{" ws "\"n\":" ws digit "}"
 digit ::= [0-9]
 ws    ::= [ \t\n]*
 """
-SCHEMA = {
-    "type": "object",
-    "properties": {
-        "city": {"enum": ["Bern", "Oslo", "Rome"]},
-        "sunny": {"type": "boolean"},
-    },
-    "required": ["city", "sunny"],
-}
 
 with Engine() as engine:
     engine.load_model("chat", backend="stub")
-    done = engine.complete("chat", "Reply with JSON:", grammar=GRAMMAR, response_tokens=32)
-    print("keys:", list(json.loads(done.reply)), done.finish_reason)
+    done = engine.complete("chat", "Reply with JSON:", grammar=GRAMMAR, response_tokens=200)
+    print("a digit:", json.loads(done.reply)["n"] in range(10), done.finish_reason)
 
-    done = engine.complete("chat", "Where is it sunny?", json_schema=SCHEMA)
-    print("keys:", list(json.loads(done.reply)), done.finish_reason)
+    schema = {
+        "type": "object",
+        "properties": {"colour": {"enum": ["red", "green"]}, "big": {"type": "boolean"}},
+        "required": ["colour", "big"],
+        "additionalProperties": False,
+    }
+    done = engine.complete("chat", "Describe it:", json_schema=schema, response_tokens=400)
+    found = json.loads(done.reply)
+    print(sorted(found), found["colour"] in ("red", "green"), type(found["big"]).__name__)
 
-    for options in ({"grammar": 'root ::= "a" | b'}, {"json_schema": {"type": "objekt"}}):
-        try:
-            engine.complete("chat", "?", **options)
-        except InvalidGrammar as error:
-            print(error)
+    try:
+        engine.complete("chat", "Reply:", grammar="root ::= missing")
+    except InvalidGrammar as error:
+        print(type(error).__name__, "names the rule:", "missing" in str(error))

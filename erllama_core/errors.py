@@ -186,8 +186,21 @@ class PromptTooLong(RequestError, ValueError):
         )
 
 
+class TextTooLong(PromptTooLong):
+    """The text has more tokens than can be embedded at once."""
+
+    def __init__(self, prompt_tokens: int, limit_tokens: int) -> None:
+        super().__init__(prompt_tokens, limit_tokens)
+        message = (
+            f"the text has {prompt_tokens} tokens; {limit_tokens} at most can be embedded. Embed "
+            f"it in parts, or load the model with a larger context_opts.n_ctx, if it was trained "
+            f"for that."
+        )
+        self.args = (message,)
+
+
 class TemplateError(RequestError, ValueError):
-    """The chat template is missing, broken, or refused the messages."""
+    """The chat template is missing, broken, refused the messages, or would use up too much."""
 
 
 class InvalidGrammar(RequestError, ValueError):

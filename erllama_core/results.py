@@ -153,6 +153,20 @@ class Completion:
     """One for each token of ``generated``, for a request with ``logprobs``."""
 
 
+@attrs.frozen(kw_only=True)
+class Replay:
+    """A turn of a model that is kept under an id, to be put into a later prompt unchanged."""
+
+    generated: tuple[int, ...]
+    """Every token that was drawn."""
+    data: bytes
+    """Their bytes: thinking and tool calls with their markers, and the text between."""
+    reply: str
+    """The text alone, as :class:`Completion` had it."""
+    prompt_end: tuple[int, ...]
+    """The last tokens of the prompt that it answered."""
+
+
 @attrs.frozen
 class Prefill:
     """A prompt that was computed and saved."""

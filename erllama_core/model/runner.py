@@ -65,7 +65,7 @@ class Runner:
         self.roster: Final = Roster()
         self.watch: Final = StepWatch()
         self._stopping = False
-        self._may_rest = True
+        self._may_rest = False
         """The last turn did nothing, and the next would not either without news."""
         self._settling: Final[list[tuple[threading.Event, list[Request]]]] = []
         self.context_or_none: Context | None = None

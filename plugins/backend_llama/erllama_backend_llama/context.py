@@ -45,6 +45,10 @@ log = get_logger(__name__)
 _BROKEN: Final = -1
 """The length of a sequence whose import failed; it must be dropped."""
 _ABORTED: Final = 2
+ENCODES_ONLY: Final = (
+    "this model is an encoder: it embeds text and cannot go on with it; use embed, or load a "
+    "model that generates"
+)
 
 _LACKS: Final = "this model's state is of class {!r}, which has no {}"
 
@@ -58,12 +62,16 @@ DECODE_STATUS: Final = {
 
 
 def longest_context(model: Any, context: Any) -> int:
-    """Tokens of one sequence, at most.
+    """Tokens of one sequence of a context, at most."""
+    return longest_text(model, int(llama_cpp.llama_n_ctx_seq(context)))
+
+
+def longest_text(model: Any, n_ctx: int) -> int:
+    """Tokens that a model can take in a context of so many.
 
     A model without rotary positions may have learned ones: a table with a row for each position
     of its training, beyond which llama.cpp aborts the process.
     """
-    n_ctx = int(llama_cpp.llama_n_ctx_seq(context))
     learned = (
         llama_cpp.llama_model_rope_type(model) == llama_cpp.LLAMA_ROPE_TYPE_NONE
         and not llama_cpp.llama_model_is_recurrent(model)
@@ -78,7 +86,8 @@ class LlamaContext:
     In one pool of cells sequence n_seq_max, beyond those that callers use, is empty but during
     an export or an import; with separate cells it would cost as many as any other. Positions
     and sequences are checked here: llama.cpp aborts the process on some that are out of range
-    and accepts others. Raises ModelLoadError when it cannot be opened.
+    and accepts others. Raises ModelLoadError when it cannot be opened, NotSupported for a model
+    that has no state and so generates nothing.
     """
 
     def __init__(self, model: Any, options: ContextOptions, *, n_vocab: int) -> None:
@@ -92,7 +101,11 @@ class LlamaContext:
         scratch = n_seq_max if has_scratch else None
         n_seq = n_seq_max + has_scratch
         self._context: Any = _open(model, native_params(options, n_seq=n_seq, window=claim.window))
+        self.adapters: tuple[LlamaAdapter, ...] = ()
+        """Those that it computes with."""
         try:
+            if not llama_cpp.llama_get_memory(self._context):
+                raise NotSupported(ENCODES_ONLY)
             self._abort = AbortFlag(self._context)
             self._n_ctx = longest_context(model, self._context)
             self._n_cells = self._n_ctx * (1 if options.kv_unified else n_seq_max)
@@ -104,8 +117,6 @@ class LlamaContext:
             """Of the last step, a row for each of its rows, in the order of its batch."""
             self._largest: list[int] = []
             """The token with the largest logit of each."""
-            self.adapters: tuple[LlamaAdapter, ...] = ()
-            """Those that it computes with."""
             self._stateless: set[int] = set()
             """Sequences with ranges whose snapshot is still to come."""
             self._batch = Batch(n_batch=self._n_batch, n_seq=n_seq, n_vocab=n_vocab)

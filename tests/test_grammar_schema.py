@@ -245,6 +245,11 @@ TAGGED = {
         ({"type": "integer", "exclusiveMinimum": -3, "exclusiveMaximum": -1}, [-2], [-3, -1]),
         ({"type": "number", "minimum": 0, "maximum": 1}, [0, 0.5, 1, 1.0], [-0.1, 1.1]),
         ({"type": "number", "exclusiveMinimum": 0}, [0.001, 7], [0, -1]),
+        (
+            {"type": "number", "minimum": 2.2, "exclusiveMaximum": 2.25},
+            [2.2, 2.2499],
+            [2.25, 2.1999],
+        ),
         ({"const": {"a": [1, None]}}, [{"a": [1, None]}], [{"a": [1]}, {}]),
         ({"enum": [1, 2.5, "x", None], "type": ["integer", "string"]}, [1, "x"], [2.5, None]),
         ({"prefixItems": [{"type": "integer"}], "items": False}, [[], [1]], [[1, 2]]),

@@ -125,14 +125,12 @@ class LlamaGrammar:
     def _is_text(self, token: int) -> bool:
         """Whether the reply stays UTF-8 with the token, which llama.cpp does not see to.
 
-        It does not look at bytes within a token, takes overlong forms, and lets a reply end
-        within a character.
+        It takes the bytes within a token as they come, overlong forms among them. ASCII within a
+        character, or the end of the reply there, it does turn down.
         """
-        if token in self._ends:
-            return not self._pending
         data = self._piece(token)
-        if data.isascii():
-            return not self._pending
+        if token in self._ends or data.isascii():
+            return True
         try:
             (self._pending + data).decode()
         except UnicodeDecodeError as error:

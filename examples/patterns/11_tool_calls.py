@@ -30,7 +30,7 @@ with Engine() as engine:
     print("whole:", calls == [CALL.encode()] == [deltas], "text:", repr(first.reply))
 
     print("kept:", engine.put_replay("agent", "call_1", first))
-    messages.append({"role": "assistant", "content": CALL, "replay": "call_1"})
+    messages.append({"role": "assistant", "content": first.reply, "replay": "call_1"})
     messages.append({"role": "tool", "content": "-4 degrees"})
     second = engine.complete("agent", engine.apply_chat_template("agent", messages))
     print(

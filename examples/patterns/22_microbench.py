@@ -1,7 +1,7 @@
 """Cold against warm
 
-``erllama bench tiny`` takes the demo model, ``erllama bench --model FILE`` one of yours: prompts for
-the first time, again, longer and from disk, and agents that share what they begin with.
+``erllama bench tiny`` takes the demo model, ``erllama bench --model FILE`` one of yours: prompts
+for the first time, again, longer and from disk, and agents that share what they begin with.
 """
 
 import json

@@ -804,96 +804,11 @@ class Callers(RuleBasedStateMachine):
             self._stack.undo()
         assert all(closes == [1] for closes in self.samplers), "each sampler is closed once"
 
-<<<<<<< HEAD
     def quiesce(self) -> None:
         """Everybody is answered, once, and nothing is left behind."""
         self.let_go()
         for _ in range(5_000):
             if not self.turn():
-=======
-    # ------------------------------------------------------------- helpers
-
-    def prompt(self, which: int, keep: int, tail: Sequence[int]) -> list[int]:
-        context = self.contexts[-1 - which % len(self.contexts)]
-        keep = min(len(context), keep, _LONGEST)
-        return [*context[:keep], *tail]
-
-    def check(self, done: Completion) -> None:
-        stats = done.stats
-        read, prompt = done.cache_delta.read, stats.prompt_tokens
-        kinds = {"sticky", "continuation", "partial"}
-        if read == 0:
-            kinds = {"cold"}
-        elif read == prompt:
-            kinds |= {"exact"}
-            kinds -= {"partial"}
-        assert done.cache_hit_kind in kinds
-        if done.finish_key is not None:
-            assert read + done.cache_delta.created == done.committed_tokens
-        for length in range(prompt, len(done.context_tokens)):
-            expected = self.reference.row(done.context_tokens[:length])
-            # Drawn from a stored mark, the first token has no row; one of as many tokens would be
-            # that of another request.
-            if length > prompt or read < prompt:
-                rows = [row for at, row in self.drawn if at == length]
-                off = min(float(np.abs(row - expected).max()) for row in rows)
-                assert off <= ROUNDING, f"off by {off} after {length} of {prompt} tokens"
-            token = done.context_tokens[length]
-            assert expected.max() - expected[token] <= 2 * ROUNDING
-        assert self.engine.cache.counters().state_rejected == 0
-        self.contexts.append(done.context_tokens)
-        self.contexts = self.contexts[-12:]
-
-    def finish(self, *streams: Stream) -> None:
-        for stream in streams:
-            self.check(stream.result())
-        self.drawn.clear()
-
-    # --------------------------------------------------------------- rules
-
-    @rule(
-        which=st.integers(0, 11),
-        keep=KEEP,
-        tail=TAILS,
-        n=st.integers(1, 5),
-    )
-    def ask(self, which: int, keep: int, tail: list[int], n: int) -> None:
-        self.finish(self.model.infer(self.prompt(which, keep, tail), response_tokens=n))
-
-    @rule(which=st.integers(0, 11), n=st.integers(1, 5))
-    def ask_again(self, which: int, n: int) -> None:
-        context = self.contexts[-1 - which % len(self.contexts)][:_LONGEST]
-        if context:
-            self.finish(self.model.infer(context, response_tokens=n))
-
-    @rule(
-        which=st.integers(0, 11),
-        keep=KEEP,
-        tails=st.lists(TAILS, min_size=2, max_size=5),
-    )
-    def ask_together(self, which: int, keep: int, tails: list[list[int]]) -> None:
-        prompts = [self.prompt(which, keep, tail) for tail in tails]
-        self.finish(*[self.model.infer(prompt, response_tokens=3) for prompt in prompts])
-
-    @rule(suffix=st.lists(st.integers(40, 120), min_size=1, max_size=30))
-    def go_on(self, suffix: list[int]) -> None:
-        """A turn of a session, perhaps the first."""
-        if self.session is None or len(self.session) > _LONGEST:
-            stream = self.model.infer(suffix, response_tokens=3, session_id="s")
-        else:
-            stream = self.model.continue_session(suffix, session_id="s", response_tokens=3)
-        done = stream.result()
-        self.check(done)
-        self.drawn.clear()
-        self.session = done.context_tokens
-
-    @rule(which=st.integers(0, 11), keep=KEEP, after=st.integers(0, 3))
-    def cancel(self, which: int, keep: int, after: int) -> None:
-        prompt = self.prompt(which, keep, [(7 * at) % 80 + 40 for at in range(120)])
-        stream = self.model.infer(prompt, response_tokens=8)
-        for _ in range(after):
-            if stream.next_event(20) is None:
->>>>>>> h/checkpoint
                 break
         else:
             raise AssertionError("it never comes to rest")

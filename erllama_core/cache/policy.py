@@ -17,6 +17,8 @@ LIVE_POLICY: Final = frozenset(
         "cold_min_tokens",
         "cold_max_tokens",
         "continued_interval",
+        "snapshot_interval",
+        "snapshot_bytes_max",
         "boundary_trim_tokens",
         "prefill_chunk_size",
         "stall_target_ms",

@@ -32,6 +32,7 @@ from erllama_core.conformance.objects import StoredObject, make_object
 from erllama_core.errors import BlockNotFound, TierFull
 from erllama_core.interfaces.block import Bytes, ObjectId, ObjectKind, header_length, verify_object
 from erllama_core.interfaces.tier import (
+    ChangesQuota,
     Gone,
     KeepsPages,
     MakesDurable,
@@ -48,6 +49,7 @@ _PATIENCE_S: Final = 30.0
 _GLANCE_S: Final = 0.1
 
 _ABILITIES: Final[dict[type, tuple[str, ...]]] = {
+    ChangesQuota: ("set_quota",),
     KeepsPages: ("keep", "borrow"),
     RecordsPins: ("record_pin", "erase_pin", "pins"),
     MakesDurable: ("outlives_power", "make_durable"),
@@ -602,6 +604,32 @@ class TierConformance(ConformanceKit, abc.ABC):
             present = [name for name in names if hasattr(tier, name)]
             assert present in ([], list(names)), f"{ability.__name__} lacks some of {names}"
             assert isinstance(tier, ability) == bool(present)
+
+    def test_the_quota_changes(self, subject: TierSubject) -> None:
+        """ChangesQuota: another quota holds from the next ``put`` on, and removes nothing itself.
+
+        If this fails: a quota that was changed in a service's file is not kept, or objects go
+        of which the core believes that they are there.
+        """
+        tier = subject.open(100_000)
+        try:
+            if not isinstance(tier, ChangesQuota):
+                return
+            things = [make_object(number, 1000) for number in range(4)]
+            for thing in things[:2]:
+                tier.put(thing.object_id, [thing.data])
+            tier.set_quota(things[0].size)
+            assert tier.usage().quota_bytes == things[0].size
+            assert all(read(tier, thing.object_id) == thing.data for thing in things[:2])
+            if subject.enforces_quota:
+                with pytest.raises(TierFull):
+                    tier.put(things[2].object_id, [things[2].data])
+            tier.set_quota(100_000)
+            for thing in things[2:]:
+                tier.put(thing.object_id, [thing.data])
+                assert read(tier, thing.object_id) == thing.data
+        finally:
+            tier.close()
 
     def test_pages_are_kept_uncopied(self, subject: TierSubject) -> None:
         """KeepsPages: pages are retained while they are stored, and lent to whoever borrows.

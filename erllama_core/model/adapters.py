@@ -325,7 +325,7 @@ class Barrier:
         self._pool: Final = pool
         self._roster: Final = roster
         self._watch: Final = watch
-        self._save_timeout_s: Final = save_timeout_s
+        self.save_timeout_s = save_timeout_s
 
     def open(self) -> None:
         """The context is new: give it the adapters that are in effect."""
@@ -397,7 +397,7 @@ class Barrier:
 
     def _save_and_drop(self) -> None:
         """Empty every sequence. What it held is of use when these adapters come back."""
-        deadline = time.monotonic() + self._save_timeout_s
+        deadline = time.monotonic() + self.save_timeout_s
         for live in self._pool.residents():
             assert live.request is not None
             drops = live.request.drops

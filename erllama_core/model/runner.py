@@ -100,6 +100,7 @@ class Runner:
         self._policy = policy
         self.saver.set_policy(policy)
         self.stepper.set_composer(self._new_composer())
+        self._barrier.save_timeout_s = policy.evict_save_timeout_ms / 1000
 
     def end_session(self, session: Session) -> None:
         """Its sequence is like any other from now on."""

@@ -51,7 +51,7 @@ class RedisTier:
     ) -> None:
         self._server: Final = server
         self._names: Final = Names(prefix)
-        self._quota: Final = quota_bytes
+        self._quota = quota_bytes
         self._expire_ms: Final = 0 if expire_s is None else int(expire_s * 1000)
         self._rescan_interval_s: Final = rescan_interval_s
         self._who: Final = uuid.uuid4().hex
@@ -125,6 +125,9 @@ class RedisTier:
     def usage(self) -> TierUsage:
         with self._lock:
             return TierUsage(self._used, self._quota)
+
+    def set_quota(self, quota_bytes: int | None) -> None:
+        self._quota = quota_bytes
 
     def close(self) -> None:
         with self._lock:

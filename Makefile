@@ -4,6 +4,8 @@
 #   make test    what must pass before a change is accepted
 #   make fast    the same without a model
 #   make long    what takes half an hour: random crashes, property runs and soaks
+#   make bench-grammar  decoding under a JSON grammar, beside decoding without one
+#   make bench-serving  many requests at once, beside a bare loop and llama-server
 #   make bench-cache    the cache's figures beside their targets; TRACE=file replays another trace
 #   make docs    the documentation as a site, in site/
 #
@@ -19,7 +21,7 @@ space := $(empty) $(empty)
 export MYPYPATH := $(subst $(space),:,$(strip $(PLUGINS) tests bench))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test fast long bench-cache docs lint types clean
+.PHONY: help setup demo test fast long bench-cache bench-grammar bench-serving docs lint types clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -41,6 +43,17 @@ fast: lint types
 
 long: setup
 	$(BIN)/pytest -m "crash or fuzz or soak"
+
+bench-serving: setup .venv-peers/.ready
+	$(BIN)/python bench/serving.py
+
+.venv-peers/.ready: bench/peers.txt
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check -r bench/peers.txt
+	@touch $@
+
+bench-grammar: setup
+	$(BIN)/python bench/grammar.py
 
 bench-cache: setup
 	$(BIN)/python bench/cache.py $(if $(TRACE),--trace $(TRACE))

@@ -1,5 +1,6 @@
 """Run GGUF models through llama.cpp and never compute the same prompt prefix twice."""
 
+from erllama_core.cache.budget import MemoryUse
 from erllama_core.cache.cache import Cache
 from erllama_core.cache.catalog import Evicted
 from erllama_core.cache.counters import Counters
@@ -20,6 +21,7 @@ from erllama_core.interfaces.stream import (
     ToolCallEnd,
 )
 from erllama_core.model.model import Model
+from erllama_core.pressure.status import PressureStatus
 from erllama_core.prompt import Prompt
 from erllama_core.results import (
     AdapterInfo,
@@ -29,7 +31,9 @@ from erllama_core.results import (
     Completion,
     Explanation,
     ModelInfo,
+    Replay,
     Stats,
+    TokenLogprob,
 )
 from erllama_core.signing import verify_thinking
 from erllama_core.stream.stream import Stream
@@ -49,14 +53,17 @@ __all__ = [
     "EngineConfig",
     "Evicted",
     "Explanation",
+    "MemoryUse",
     "Model",
     "ModelConfig",
     "ModelInfo",
     "NamedTier",
     "Pinned",
     "PluginHost",
+    "PressureStatus",
     "Prompt",
     "Reloaded",
+    "Replay",
     "Row",
     "SavePolicy",
     "Stats",
@@ -65,6 +72,7 @@ __all__ = [
     "ThinkingDelta",
     "ThinkingEnd",
     "TierConfig",
+    "TokenLogprob",
     "ToolCallDelta",
     "ToolCallEnd",
     "Usage",

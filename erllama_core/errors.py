@@ -20,6 +20,7 @@
     │   ├── InvalidPrompt (ValueError)    no tokens, or ids outside the vocabulary
     │   ├── PromptTooLong (ValueError)    the prompt does not fit the context
     │   ├── TemplateError (ValueError)    the chat template refused the messages
+    │   ├── InvalidGrammar (ValueError)   a grammar or a JSON schema cannot be followed
     │   ├── SeqCapacity                   all sequences are in use
     │   ├── TimeoutExceeded (TimeoutError)  it took longer than it was given
     │   └── NotSupported                  this backend cannot do it
@@ -185,8 +186,52 @@ class PromptTooLong(RequestError, ValueError):
         )
 
 
+class TextTooLong(PromptTooLong):
+    """The text has more tokens than can be embedded at once."""
+
+    def __init__(self, prompt_tokens: int, limit_tokens: int) -> None:
+        super().__init__(prompt_tokens, limit_tokens)
+        message = (
+            f"the text has {prompt_tokens} tokens; {limit_tokens} at most can be embedded. Embed "
+            f"it in parts, or load the model with a larger context_opts.n_ctx, if it was trained "
+            f"for that."
+        )
+        self.args = (message,)
+
+
 class TemplateError(RequestError, ValueError):
-    """The chat template is missing, broken, or refused the messages."""
+    """The chat template is missing, broken, refused the messages, or would use up too much."""
+
+
+class InvalidGrammar(RequestError, ValueError):
+    """A grammar, or a JSON schema, is wrong or cannot be followed; the attributes say where."""
+
+    def __init__(
+        self,
+        problem: str,
+        *,
+        line: int | None = None,
+        column: int | None = None,
+        excerpt: str | None = None,
+        path: str | None = None,
+    ) -> None:
+        self.problem = problem
+        """What is wrong, without the place."""
+        self.line = line
+        """Of the GBNF, from 1; None where the mistake is at no one place."""
+        self.column = column
+        """Characters into the line, from 1."""
+        self.excerpt = excerpt
+        """The GBNF from there on; empty at its end."""
+        self.path = path
+        """Within a JSON schema: ``#`` is the schema itself, ``#/properties/age`` a part of it."""
+        place = ""
+        if path is not None:
+            place = f"json_schema, {path}: "
+        elif line is not None:
+            place = f"grammar, line {line}, column {column}: "
+        found = f", at {excerpt!r}" if excerpt else ""
+        super().__init__(f"{place}{problem}{found}")
 
 
 class SeqCapacity(RequestError):

@@ -159,6 +159,11 @@ class ContextMachine(RuleBasedStateMachine):
         bound = setup.rounding_in_company if way.in_company else setup.rounding
         assert off <= bound, f"off by {off} after {way.ends}"
 
+    def one_with_tokens(self, seq: int) -> int:
+        """A sequence that has any, if there is one."""
+        found: int = max((seq, *range(N_SEQ)), key=lambda n: bool(self.ways[n].tokens))
+        return found
+
     def forget(self, seq: int) -> None:
         self.ways[seq] = Way()
         self.taken[seq] = []
@@ -234,6 +239,7 @@ class ContextMachine(RuleBasedStateMachine):
     @rule(seq=SEQS)
     def take_snapshot(self, seq: int) -> None:
         """While the sequence stands there; ranges may come later."""
+        seq = self.one_with_tokens(seq)
         data = self.snapshot(seq) if self.ways[seq].tokens else None
         if data is not None:
             self.taken[seq].append((len(self.ways[seq].tokens), data))
@@ -241,6 +247,7 @@ class ContextMachine(RuleBasedStateMachine):
     @rule(seq=SEQS, cuts=st.lists(st.integers(1, _LONGEST), max_size=3), target=stored)
     def store(self, seq: int, cuts: list[int]) -> Stored:
         """All of a sequence."""
+        seq = self.one_with_tokens(seq)
         way = self.ways[seq]
         if not way.tokens:
             return Stored(way, (), None)
@@ -250,19 +257,23 @@ class ContextMachine(RuleBasedStateMachine):
     @rule(seq=SEQS, cuts=st.lists(st.integers(1, _LONGEST), max_size=3), target=stored)
     def store_late(self, seq: int, cuts: list[int]) -> Stored:
         """The ranges of a sequence that has gone on since a snapshot was taken."""
+        seq = next((n for n in range(N_SEQ) if self.taken[n]), seq)
         if not self.taken[seq]:
             return Stored(Way(), (), None)
         length, data = self.taken[seq].pop()
         blocks = self.blocks(seq, len(self.ways[seq].tokens), cuts)
         return Stored(self.ways[seq].until(length), blocks, data)
 
-    @rule(seq=SEQS, item=stored)
-    def restore(self, seq: int, item: Stored) -> None:
+    @rule(seq=SEQS, item=stored, branch=st.integers(0, 2), count=st.integers(0, 3))
+    def restore(self, seq: int, item: Stored, branch: int, count: int) -> None:
+        """And go on at once: what follows covers up what was wrong with a state before it."""
         self.context.drop(seq)
         self.forget(seq)
         if item.way.tokens and self.room(seq, _LONGEST):
             self.load(seq, item)
             self.ways[seq] = item.way
+            if count:
+                self.feed(seq, branch, count)
 
     @rule(seq=SEQS, item=consumes(stored), how=st.sampled_from(["short", "long", "zeros"]))
     def refuse(self, seq: int, item: Stored, how: str) -> None:

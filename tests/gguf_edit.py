@@ -52,7 +52,8 @@ def _encoded(kind: str, value: Any) -> bytes:
     if kind == "string":
         data: bytes = value.encode()
         return struct.pack("<Q", len(data)) + data
-    return struct.pack(_SCALARS[kind][1], value)
+    form: str = _SCALARS[kind][1]
+    return struct.pack(form, value)
 
 
 class _Reader:
@@ -110,7 +111,13 @@ class Gguf:
         data = -(-end // _ALIGNMENT) * _ALIGNMENT
         return cls(n_tensors, metadata, reader.data[start:end], reader.data[data:])
 
-    def write(self, path: Path, changes: Mapping[str, Entry | None]) -> Path:
+    def write(
+        self,
+        path: Path,
+        changes: Mapping[str, Entry | None],
+        *,
+        alignment: int = _ALIGNMENT,
+    ) -> Path:
         """Write it with other entries; None leaves one out."""
         metadata = {**self.metadata, **changes}
         kept = {key: entry for key, entry in metadata.items() if entry is not None}
@@ -118,6 +125,6 @@ class Gguf:
         for key, entry in kept.items():
             head += _encoded("string", key) + entry.encoded()
         head += self.records
-        head += bytes(-len(head) % _ALIGNMENT)
+        head += bytes(-len(head) % alignment)
         path.write_bytes(head + self.tensors)
         return path

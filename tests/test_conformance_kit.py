@@ -13,7 +13,7 @@ from typing import Any
 import attrs
 import pytest
 
-from erllama_backend_stub import StubOptions, open_model
+from erllama_backend_stub import StubModel, StubOptions, open_model
 from erllama_core.conformance import (
     BackendConformance,
     BackendSubject,
@@ -28,7 +28,9 @@ from erllama_core.conformance import (
 from erllama_core.conformance.kit import ConformanceKit
 from erllama_core.errors import BlockNotFound, DecodeAborted, TierFull
 from erllama_core.interfaces.backend import (
+    Adapter,
     BackendRequest,
+    Context,
     ContextOptions,
     Mark,
     RangeExport,
@@ -317,7 +319,7 @@ class LeaksPages(GoodTier):
 
 
 WRONG_TIERS = [
-    (LosesAByte, "test_any_sequence_of_calls", False),
+    (LosesAByte, "test_parts_are_joined_whatever_they_are", True),
     (KeepsTheParts, "test_parts_are_not_kept", True),
     (HandsOutItsOwnBytes, "test_what_is_read_is_the_callers", True),
     (IgnoresTheStart, "test_names_differ_in_every_part", True),
@@ -830,6 +832,68 @@ def test_a_wrong_model_is_caught(make: Callable[[], Any], test: str) -> None:
     fails(BackendConformance, test, *([subject] if takes_subject else []), make())
 
 
+class IgnoresTheGrammar(WrappedModel):
+    def new_constrained_sampler(self, params: Any, history: bytes, constraint: Any) -> Any:
+        sampler = self._inner.new_sampler(params, history)
+        sampler.turned_down = 0
+        return sampler
+
+
+class IgnoresExclusions(WrappedModel):
+    def new_constrained_sampler(self, params: Any, history: bytes, constraint: Any) -> Any:
+        free = attrs.evolve(constraint, excluded=frozenset())
+        if "[" in constraint.grammar.text:
+            return self._inner.new_constrained_sampler(params, history, free)
+        token = next(iter(constraint.excluded - self._inner.vocabulary.end_of_generation))
+        sampler = self._inner.new_constrained_sampler(params, history, free)
+        sampler.sample_row = lambda row, greedy=False: token
+        return sampler
+
+
+class DrawsAnewAfterAMark(WrappedModel):
+    """What a mark's draw came to is forgotten where the mark did not do."""
+
+    def new_constrained_sampler(self, params: Any, history: bytes, constraint: Any) -> Any:
+        sampler = self._inner.new_constrained_sampler(params, history, constraint)
+        inner = sampler.sample_mark
+
+        def sample_mark(mark: Mark, *, greedy: bool = False) -> Any:
+            token = inner(mark, greedy=greedy)
+            if token is None:
+                sampler._awaits_row = False
+            return token
+
+        sampler.sample_mark = sample_mark
+        return sampler
+
+
+class AnotherTokensLogit(Wrapped):
+    def logit(self, row: int, token: int) -> float:
+        found: float = self._inner.logit(row, max(0, token - 1))
+        return found
+
+
+@pytest.mark.parametrize(
+    ("make", "test"),
+    [
+        (IgnoresTheGrammar, "test_a_grammar_shapes_a_reply"),
+        (DrawsAnewAfterAMark, "test_a_grammar_shapes_a_reply"),
+        (IgnoresExclusions, "test_an_excluded_token_never_comes"),
+    ],
+)
+def test_a_wrong_grammar_is_caught(make: type[WrappedModel], test: str) -> None:
+    """Replies that leave their grammar, or depend on what was cached, are told."""
+    subject = BackendSubject(load=stub)
+    fails(BackendConformance, test, subject, make(stub(ContextOptions()), Wrapped))
+
+
+def test_wrong_logits_are_caught() -> None:
+    """The logit of a neighbour is told from the right one."""
+    subject = BackendSubject(load=stub)
+    context = AnotherTokensLogit(stub(subject.options).open_context())
+    fails(BackendConformance, "test_logits_are_told", subject, context)
+
+
 def test_a_shared_sampler_is_caught() -> None:
     """Two requests that draw from one state are told apart from two that do not."""
 
@@ -844,6 +908,35 @@ def test_a_shared_sampler_is_caught() -> None:
     subject = BackendSubject(load=stub)
     model = SharedByAll(stub(ContextOptions()), Wrapped)
     fails(BackendConformance, "test_samplers_share_nothing", subject, model)
+
+
+class IgnoresAdapters(StubModel):
+    def attach(self, context: Context, adapters: Sequence[tuple[Adapter, float]]) -> None:
+        """It forgets to."""
+
+
+class ForgetsScales(StubModel):
+    def attach(self, context: Context, adapters: Sequence[tuple[Adapter, float]]) -> None:
+        super().attach(context, [(adapter, 1.0) for adapter, _ in adapters])
+
+
+class KeepsAdapters(StubModel):
+    def attach(self, context: Context, adapters: Sequence[tuple[Adapter, float]]) -> None:
+        if adapters:
+            super().attach(context, adapters)
+
+
+@pytest.mark.parametrize("wrong", [IgnoresAdapters, ForgetsScales, KeepsAdapters])
+def test_adapters_that_do_not_work_are_caught(wrong: type[StubModel], tmp_path: Path) -> None:
+    """Adapters that change nothing, whatever their scale, or for ever."""
+    subject = BackendSubject(
+        load=lambda options: wrong(StubOptions(), options, None),
+        write_adapter=lambda path: path.write_bytes(b"stub adapter\n"),
+    )
+    test = "test_adapters_change_what_is_computed"
+    fails(BackendConformance, test, subject, subject.options, tmp_path)
+    mute = attrs.evolve(subject, write_adapter=None)
+    fails(BackendConformance, test, mute, subject.options, tmp_path)
 
 
 # ---------------------------------------------------------------- the kit itself

@@ -5,6 +5,7 @@ CONTRIBUTING.md tells those who write documentation what the marks on a block me
 
 from __future__ import annotations
 
+import ast
 import builtins
 import contextlib
 import inspect
@@ -17,7 +18,7 @@ import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, get_type_hints
 
 import attrs
 import click
@@ -43,6 +44,7 @@ from erllama_core.config import (
 )
 from erllama_core.host import PluginHost
 from erllama_core.interfaces.backend import ContextOptions
+from erllama_core.model.options import RequestKwargs, RequestOptions
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted(
@@ -306,6 +308,16 @@ def test_every_hook_is_documented() -> None:
     for heading, text in documented.items():
         for fact in ("When", "Thread", "May it block", "Errors"):
             assert f"- **{fact}**: " in text, f"{heading}: {fact}"
+
+
+def test_every_request_option_is_documented() -> None:
+    """docs/requests.md has a row for each option, with its default."""
+    documented = rows((ROOT / "docs/requests.md").read_text("utf-8"))
+    fields = attrs.fields_dict(RequestOptions)
+    assert set(documented) == set(fields) == set(get_type_hints(RequestKwargs))
+    for name, (_, shown, _) in documented.items():
+        default = None if shown == "none" else ast.literal_eval(shown.strip("`"))
+        assert fields[name].default == default, name
 
 
 def command_line() -> Iterator[tuple[str, click.Command]]:

@@ -38,6 +38,7 @@ MAY_IMPORT = {
     "cache": CONTRACTS,
     "stream": CONTRACTS,
     "pressure": CONTRACTS,
+    "grammar": CONTRACTS,
     # Plugins, the core's own among them, and the configuration that names them.
     "registry": CONTRACTS,
     "builtin": CONTRACTS | ROOMS,
@@ -47,7 +48,7 @@ MAY_IMPORT = {
     "logs": {"interfaces", "config"},
     "conformance": CONTRACTS | {"stream"},
     # One loaded model; then all of them; then the command line.
-    "model": CONTRACTS | ROOMS | {"config", "user_cache"},
+    "model": CONTRACTS | ROOMS | {"config", "grammar", "user_cache"},
     "engine": CONTRACTS
     | ROOMS
     | {"config", "registry", "host", "model", "signing", "telemetry", "logs"},

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cache_contexts import store
-from erllama_core import BlockMeta, Cache, Engine, NamedTier, PluginHost, load_config
+from erllama_core import BlockMeta, Cache, Engine, Evicted, NamedTier, PluginHost, load_config
 from erllama_core.cache.budget import MemoryBudget, MemoryUse, in_words
 from erllama_core.cache.pages import PagePool, PooledPages
 from erllama_core.cache.ram import RamTier
@@ -196,6 +196,35 @@ def test_state_in_memory_stays_within_the_budget() -> None:
         again = model.complete(f"39 {PROMPT}", response_tokens=4)
         assert again.cache_hit_kind == "exact"
         assert model.complete(f"0 {PROMPT}", response_tokens=4).cache_hit_kind == "cold"
+
+
+def test_rows_leave_room_for_buffers() -> None:
+    """What RAM keeps leaves a quarter of the room to the next buffers, so that none waits."""
+    budget = 400 * KIB
+    with Cache([NamedTier("ram", "ram", RamTier(MIB))], memory_budget_bytes=budget) as cache:
+        for number in range(30):
+            cache.save("ram", meta(number), bytes(20 * KIB))
+            memory = cache.memory()
+            # Room for the row that was just kept is made before the next one.
+            assert memory.pages_bytes - memory.idle_bytes <= budget * 3 // 4 + 20 * KIB
+        assert cache.counters().evictions > 0
+        assert sum(row.size_bytes for row in cache.dump()) > budget // 2
+
+
+def test_idle_buffers_go_before_what_is_stored() -> None:
+    """Memory is given back at no loss first: buffers that wait count, and rows stay if they do."""
+    with Cache([NamedTier("ram", "ram", RamTier(MIB))]) as cache:
+        cache.save("ram", meta(1), bytes(20 * KIB))
+        cache.save("ram", meta(2), bytes(40 * KIB))
+        cache.evict_bytes(1)
+        idle = cache.memory().idle_bytes
+        assert idle > 0
+        (kept,) = cache.dump()
+        assert cache.held_bytes(["ram"]) == idle + kept.size_bytes
+        assert cache.free_memory(idle, ["ram"]) == Evicted(0, idle)
+        assert cache.dump() == [kept]
+        assert cache.memory().idle_bytes == 0
+        assert cache.free_memory(1, ["ram", "no such tier"]).rows == 1
 
 
 def test_a_save_without_room_is_skipped_and_counted() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -23,6 +24,7 @@ from erllama_core.interfaces.pressure import (
 from erllama_core.interfaces.telemetry import PressureSampled
 from erllama_core.pressure.monitor import CONFIRM_AFTER_S, Monitor
 from erllama_core.pressure.noop import NoopPressure
+from erllama_core.pressure.sampler import Question, Sampler
 from erllama_core.pressure.status import Release
 from erllama_core.pressure.thresholds import Thresholds, tightest
 
@@ -340,7 +342,7 @@ def test_a_source_that_hangs_is_skipped(watch: Callable[..., Watch]) -> None:
         return host(900)
 
     bad = Script(hang, host(950))
-    one = watch(bad, Script(host(850)), answer_within_s=0.05)
+    one = watch(bad, Script(host(850)), answer_within_s=0.3)
     with capture_logs() as logs:
         assert one.check() == 350
         assert one.check() == 350
@@ -356,11 +358,34 @@ def test_a_source_that_hangs_is_skipped(watch: Callable[..., Watch]) -> None:
     assert one.check() == 450
 
 
+def test_a_question_that_was_late_is_not_waited_for_again() -> None:
+    """A source is waited for once; while it owes that answer, its turn takes no time."""
+
+    class Counted(threading.Event):
+        def __init__(self) -> None:
+            super().__init__()
+            self.waits: list[float | None] = []
+
+        def wait(self, timeout: float | None = None) -> bool:
+            self.waits.append(timeout)
+            return False
+
+    sampler = Sampler("s", lambda: Script(host(1)))
+    question = Question(answered=Counted())
+    for _ in range(3):
+        assert sampler.take(question, time.monotonic() + 3600) == ()
+    assert isinstance(question.answered, Counted)
+    first, *rest = question.answered.waits
+    assert first is not None
+    assert first > 3000
+    assert rest == [0.0, 0.0]
+
+
 def test_closing_does_not_wait_for_a_source_that_hangs(watch: Callable[..., Watch]) -> None:
     """What hangs is left behind with a warning; others are closed, and it too when it is back."""
     gate = threading.Event()
     good, bad = Script(host(1)), Script(lambda: gate.wait(60) and host(1))
-    one = watch(good, bad, answer_within_s=0.01)
+    one = watch(good, bad, answer_within_s=0.3)
     one.check()
     with capture_logs() as logs:
         one.monitor.close()

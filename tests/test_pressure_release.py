@@ -14,6 +14,7 @@ from structlog.testing import capture_logs
 
 from erllama_backend_stub.faults import gate
 from erllama_core import Engine, load_config
+from erllama_core.cache.ram import RamTier
 from erllama_core.errors import (
     ConfigError,
     EngineClosed,
@@ -112,13 +113,12 @@ def test_idle_sequences_go_next_and_their_state_is_saved(tmp_path: Path) -> None
             engine,
             tier=["ram", "disk"],
             context_opts={"resident_cells_max": 1024},
-            # What a turn leaves is too short to be saved when it ends.
-            policy={"min_tokens": 8},
         )
         session = model.infer(PROMPT, response_tokens=4, session_id="s").result()
         model.complete("another " + PROMPT, response_tokens=4)
         engine.flush()
         assert model.info().pinned_idle_seqs == 1
+        engine.cache.gc()  # so that it has to be saved again
         status = engine.pressure.force_check()
         assert status.last_release is not None
         assert status.last_release.residents == 2
@@ -131,6 +131,53 @@ def test_idle_sequences_go_next_and_their_state_is_saved(tmp_path: Path) -> None
         ).result()
         assert again.cache_delta.read == len(session.context_tokens)
         assert engine.pressure.force_check().last_release is not None
+
+
+def test_what_idle_sequences_put_into_memory_goes_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """State that is saved for a sequence is waited for, so that RAM does not get it afterwards."""
+    tiers = [{"name": "disk", "kind": "disk", "root": str(tmp_path)}]
+    gauge = Gauge(used=1000)
+    waited_for, keep = threading.Event(), RamTier.keep
+    with gauged_engine(gauge, tiers=tiers, pressure={"min_evict_bytes": "1GiB"}) as engine:
+        model = load_stub(engine, tier=["ram", "disk"], context_opts={"resident_cells_max": 1024})
+        model.complete(PROMPT, response_tokens=4)
+        engine.flush()
+        engine.cache.gc()
+        flush = engine.cache.flush
+
+        def flush_and_tell(timeout_s: float | None = None) -> bool:
+            waited_for.set()
+            return flush(timeout_s)
+
+        def keep_late(*arguments: Any) -> None:
+            waited_for.wait(1)
+            keep(*arguments)
+
+        monkeypatch.setattr(engine.cache, "flush", flush_and_tell)
+        monkeypatch.setattr(RamTier, "keep", keep_late)
+        engine.pressure.force_check()
+        flush()
+        assert {row.tier for row in engine.cache.dump()} == {"disk"}
+
+
+def test_nothing_is_saved_to_memory_to_free_memory() -> None:
+    """Idle sequences of a model whose tiers are all memory are not saved, only to go again."""
+    gauge = Gauge(used=1000)
+    with gauged_engine(gauge, pressure={"min_evict_bytes": "1GiB"}) as engine:
+        model = load_stub(engine, context_opts={"resident_cells_max": 1024})
+        model.complete(PROMPT, response_tokens=4, session_id="s")
+        engine.flush()
+        saves = engine.cache.counters().saves_evict
+        status = engine.pressure.force_check()
+        assert status.last_release is not None
+        assert status.last_release.residents == 1
+        engine.flush()
+        assert engine.cache.dump() == []
+        assert engine.cache.counters().saves_evict == saves
+        again = model.complete(PROMPT, response_tokens=4, session_id="s")
+        assert again.cache_hit_kind == "cold"
 
 
 def test_idle_sequences_stay_while_ram_is_enough() -> None:

@@ -17,11 +17,12 @@ from erllama_core.cache.budget import Hold, MemoryBudget, MemoryUse
 from erllama_core.cache.catalog import MARKS_SHARE, Catalog, Evicted
 from erllama_core.cache.counters import Counters
 from erllama_core.cache.discovery import Discovery, Wanted
-from erllama_core.cache.flow import Flow
+from erllama_core.cache.flow import Flow, Route
 from erllama_core.cache.index import Entry
 from erllama_core.cache.loader import Fetch, Loader
 from erllama_core.cache.lookup import Match
 from erllama_core.cache.meta import BlockMeta
+from erllama_core.cache.named import NamedObjects
 from erllama_core.cache.pages import PagePool
 from erllama_core.cache.pinning import Pinning, not_whole
 from erllama_core.cache.pins import Pinned
@@ -298,6 +299,10 @@ class Cache:
             n_bytes, [store for store in catalog.stores.values() if store.keeps is not None]
         )
 
+    def any_lasts(self, tiers: Sequence[str]) -> bool:
+        """Whether any of these tiers is no memory of this machine."""
+        return any(not store.is_volatile for store in self._named(tiers))
+
     def held_bytes(self, tiers: Sequence[str]) -> int:
         """What :meth:`free_memory` could free at most."""
         catalog = self._open()
@@ -394,6 +399,10 @@ class Cache:
     ) -> Fetch | None:
         """See :meth:`Loader.fetch`."""
         return self._loader.fetch(match, tiers, promote_to, done)
+
+    def named_objects(self, route: Route) -> NamedObjects:
+        """Objects under names of the caller's own, in the tiers of a route."""
+        return NamedObjects(self._catalog, self._flow, self._loader, route)
 
     def disown(self, entry: Entry, reason: str) -> None:
         """Forget an object at once, and have its tiers delete it, on a thread that may do I/O."""

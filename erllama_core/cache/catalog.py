@@ -329,11 +329,13 @@ class Catalog:
         ``orphan_since_ns``: since when what stands on it could not be found anyway.
         """
         if not entry.copies and entry.pages is None:
-            for orphan in self.index.remove(entry):
-                for copy in orphan.copies:
+            for moved in self.index.remove(entry):
+                is_orphan = self.index.is_orphan(moved)
+                for copy in moved.copies:
                     queue = self.queues[copy.tier]
-                    queue.orphaned(orphan, self.clock(), orphan_since_ns)
-                    queue.offer(orphan)
+                    if is_orphan:
+                        queue.orphaned(moved, self.clock(), orphan_since_ns)
+                    queue.offer(moved)
 
     def touch(self, entries: Sequence[Entry]) -> None:
         """Note that a context's objects, in its order, were used.

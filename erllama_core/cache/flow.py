@@ -24,7 +24,7 @@ from erllama_core.cache.pages import PooledPages
 from erllama_core.cache.reading import read_object
 from erllama_core.cache.tiers import TierStore
 from erllama_core.errors import BlockNotFound, CacheError, MemoryBudgetExceeded
-from erllama_core.interfaces.block import ObjectId, encode_header
+from erllama_core.interfaces.block import KEY_BYTES, ObjectId, encode_header
 from erllama_core.interfaces.log import get_logger
 from erllama_core.interfaces.tier import Pages
 
@@ -116,10 +116,11 @@ class _Passage:
                     end=entry.end,
                     namespace=entry.namespace,
                     key=entry.object_id.key,
-                    segment_key=entry.segment_key,
+                    segment_key=entry.segment_key or bytes(KEY_BYTES),
                     lead_tokens=entry.lead,
                     tokens=entry.tokens,
-                    align_tokens=self.align_tokens,
+                    # What stands in no tree of blocks was not cut anywhere.
+                    align_tokens=self.align_tokens if entry.segment_key else 0,
                     payload=self.pages.view,
                     info=self._info(),
                 )

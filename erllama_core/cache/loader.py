@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import Final, TypeVar
 
 import attrs
 
@@ -31,6 +32,8 @@ from erllama_core.interfaces.log import get_logger
 from erllama_core.interfaces.tier import Pages
 
 log = get_logger("erllama.cache")
+
+_T = TypeVar("_T")
 
 _REST_S: Final = 1.0
 """How long a copy that could not be read is left alone."""
@@ -168,6 +171,33 @@ class Loader:
                 )
             )
         return None
+
+    def read(self, store: TierStore, read: Callable[[], _T]) -> _T | None:
+        """Run a read on one of a tier's threads, and wait for it as long as a fetch may last.
+
+        None when the tier hangs. What ``read`` raises is raised here.
+        """
+        if store.rests_until_s > time.monotonic() or not self._answers(store):
+            return None
+        done: queue.SimpleQueue[_T | Exception | None] = queue.SimpleQueue()
+
+        def run() -> None:
+            try:
+                done.put(read())
+            except Exception as error:  # noqa: BLE001 - it is raised where it is waited for
+                done.put(error)
+
+        self._lanes[store].submit(Work(run, functools.partial(done.put, None)))
+        try:
+            result = done.get(timeout=self._timeout_s)
+        except queue.Empty:
+            self._catalog.counters.add("reads_given_up")
+            store.rests_until_s = time.monotonic() + _TIER_REST_S
+            store.note_hanging()
+            return None
+        if isinstance(result, Exception):
+            raise result
+        return result
 
     def close(self) -> list[TierStore]:
         """Finish the reads under way and stop the threads; the tiers that hang."""

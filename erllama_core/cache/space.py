@@ -69,6 +69,8 @@ class ModelSpace:
         self._promote_to: Final = next(in_memory, None) if promote else None
         self._route: Final = Route(self._tiers, write == "back", align_tokens)
         self._flow.register(namespace, self._route)
+        self.named: Final = cache.named_objects(self._route)
+        """What is kept under names of the caller's own; see :meth:`namespace`."""
         self.gate: Final = gate
         """None: whatever is stored is restored."""
         self.kv_class: Final = kv_class
@@ -96,13 +98,14 @@ class ModelSpace:
 
     def namespace(self, salt: str | None) -> bytes:
         """Whose state a request with this salt shares. Thread-safe."""
-        return salted(self._namespace, salt)
+        namespace = salted(self._namespace, salt)
+        if salt is not None:
+            self._flow.register(namespace, self._route)
+        return namespace
 
     def keys(self, tokens: bytearray, salt: str | None) -> ContextKeys:
         """The keys of a context that will grow; ``tokens`` stays the caller's. Thread-safe."""
         namespace = self.namespace(salt)
-        if salt is not None:
-            self._flow.register(namespace, self._route)
         text = None
         if self._rendering is not None:
             text = TextKeys(namespace, self._rendering, tokens)

@@ -19,18 +19,26 @@ import contextlib
 import itertools
 import math
 import random
+import re
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Final
 
 import attrs
 import pytest
 
+from erllama_core.conformance.grammars import DIGITS, reply, spelling
 from erllama_core.conformance.kit import ConformanceKit, no_leaks
-from erllama_core.errors import DecodeFailed, ErllamaError, StateRejected
+from erllama_core.errors import AdapterLoadError, DecodeFailed, ErllamaError, StateRejected
 from erllama_core.interfaces.backend import (
+    Adapter,
+    Adapts,
     BackendModel,
+    ConstrainedSampler,
+    Constrains,
+    Constraint,
     Context,
     ContextOptions,
     CostPrior,
@@ -42,9 +50,13 @@ from erllama_core.interfaces.backend import (
     RangeImport,
     Row,
     SamplingParams,
+    TellsLogits,
 )
 
-_ABILITIES: Final[dict[type, tuple[str, ...]]] = {Embeds: ("embed",)}
+_ABILITIES: Final[dict[type, tuple[str, ...]]] = {
+    Embeds: ("embed",),
+    Constrains: ("new_constrained_sampler",),
+}
 
 REFUSED: Final = (ErllamaError, ValueError)
 """What a call that makes no sense may raise."""
@@ -77,6 +89,8 @@ class BackendSubject:
     """Of the contexts; ``kv_unified`` is set by the tests."""
     unified: tuple[bool, ...] = (True, False)
     """The modes of ``kv_unified`` that it has."""
+    write_adapter: Callable[[Path], object] | None = None
+    """Writes an adapter that fits the model to a path; needed where models have adapters."""
 
 
 # ------------------------------------------------------------- helpers of tests
@@ -341,6 +355,49 @@ class BackendConformance(ConformanceKit, abc.ABC):
             assert vector == list(model.embed(tokens))
             assert all(isinstance(number, float) for number in vector)
 
+    def test_adapters_change_what_is_computed(
+        self, subject: BackendSubject, options: ContextOptions, tmp_path: Path
+    ) -> None:
+        """An adapter changes logits, each scale in its way, and leaves no trace when it is gone.
+
+        A file that is no adapter is refused; closing one twice, or after the model, is harmless.
+
+        If this fails: requests are answered with other adapters than they were meant to, and
+        their state is stored under adapters that it was not computed with.
+        """
+        model = subject.load(options)
+        if not isinstance(model, Adapts):
+            model.close()
+            return
+        assert subject.write_adapter is not None, "the models have adapters: say how to write one"
+        path, wrong = tmp_path / "adapter", tmp_path / "wrong"
+        subject.write_adapter(path)
+        wrong.write_bytes(b"nothing of the kind")
+        context = model.open_context()
+
+        def logits(*adapters: tuple[Adapter, float]) -> list[float]:
+            model.attach(context, adapters)
+            row = feed(context, 0, subject.tokens[:40])
+            context.drop(0)
+            return row
+
+        adapter, other = model.load_adapter(path), model.load_adapter(path)
+        bare = logits()
+        rows = [bare, logits((adapter, 1.0)), logits((adapter, 0.5))]
+        rows.append(logits((adapter, 1.0), (other, 1.0)))
+        for one, another in itertools.combinations(rows, 2):
+            assert apart(one, another) > subject.rounding
+        assert apart(logits((other, 0.5)), rows[2]) <= subject.rounding
+        assert apart(logits(), bare) <= subject.rounding
+        adapter.close()
+        adapter.close()
+        assert apart(logits(), bare) <= subject.rounding
+        with pytest.raises(AdapterLoadError):
+            model.load_adapter(wrong)
+        context.close()
+        model.close()
+        other.close()
+
     def test_opening_and_closing_leaks_nothing(
         self, subject: BackendSubject, options: ContextOptions
     ) -> None:
@@ -444,6 +501,84 @@ class BackendConformance(ConformanceKit, abc.ABC):
                     sampler.close()
         finally:
             context.close()
+
+    def test_a_grammar_shapes_a_reply(self, subject: BackendSubject, model: BackendModel) -> None:
+        """Under a grammar every token fits and the reply ends where it may, whether the first
+        one comes from stored logits, of any size that serves, or from a step.
+
+        If this fails: JSON that was asked for cannot be read, or a cached prompt gives other.
+        """
+        if not isinstance(model, Constrains):
+            pytest.skip("it follows no grammars")
+        vocabulary, history = model.vocabulary, pack(subject.tokens[:20])
+        constraint = Constraint(DIGITS, frozenset())
+        context = model.open_context()
+        try:
+            for params in (
+                SamplingParams(),
+                SamplingParams(temperature=1.0, seed=3),
+                SamplingParams(temperature=2.0, top_k=0, seed=4, repetition_penalty=1.3),
+            ):
+                replies = set()
+                for size in (0, None, 100, 1):
+                    context.drop(0)
+                    feed(context, 0, subject.tokens[:20])
+                    mark = context.mark(0, size) if size != 0 else None
+                    if mark is not None and not mark.serves(params):
+                        continue
+                    sampler = model.new_constrained_sampler(params, history, constraint)
+                    assert isinstance(sampler, ConstrainedSampler)
+                    drawn = reply(context, sampler, mark, vocabulary.end_of_generation)
+                    text = b"".join(map(vocabulary.piece, drawn[:-1]))
+                    assert re.fullmatch(rb"\{[0-9]{2}\}", text), text
+                    assert drawn[-1] in vocabulary.end_of_generation
+                    replies.add((*drawn, sampler.turned_down))
+                    sampler.close()
+                assert len(replies) == 1, replies
+        finally:
+            context.close()
+
+    def test_an_excluded_token_never_comes(
+        self, subject: BackendSubject, model: BackendModel
+    ) -> None:
+        """A control token whose spelling a grammar asks for does not come when it is excluded.
+
+        If this fails: a reply lacks text that its grammar requires.
+        """
+        if not isinstance(model, Constrains):
+            pytest.skip("it follows no grammars")
+        vocabulary = model.vocabulary
+        tokens = {
+            token: text
+            for token, text in vocabulary.control_tokens.items()
+            if text.isascii() and text.isprintable() and text
+        }
+        tokens = {t: s for t, s in tokens.items() if t not in vocabulary.end_of_generation}
+        if not tokens:
+            pytest.skip("it has no control tokens that are text")
+        token, text = next(iter(tokens.items()))
+        context = model.open_context()
+        try:
+            feed(context, 0, subject.tokens[:20])
+            constraint = Constraint(spelling(text), frozenset(vocabulary.control_tokens))
+            sampler = model.new_constrained_sampler(SamplingParams(), b"", constraint)
+            drawn = context.sample(0, sampler)
+            assert drawn != token
+            assert text.encode().startswith(vocabulary.piece(drawn))
+            sampler.close()
+        finally:
+            context.close()
+
+    def test_logits_are_told(self, subject: BackendSubject, context: Context) -> None:
+        """A single logit is that of the row.
+
+        If this fails: log-probabilities are wrong.
+        """
+        if not isinstance(context, TellsLogits):
+            pytest.skip("it tells no logits")
+        row = feed(context, 0, subject.tokens[:20])
+        for token in (0, len(row) // 2, len(row) - 1):
+            assert context.logit(0, token) == pytest.approx(row[token])
 
     # ------------------------------------------------------------------ computing
 

@@ -14,12 +14,25 @@ from erllama_core.engine.reloading import ConfigSource
 from erllama_core.errors import EngineClosed
 from erllama_core.model.model import Model, ModelRef, PromptLike
 from erllama_core.model.options import ReplyKwargs, RequestKwargs
+from erllama_core.pressure.monitor import Monitor
+from erllama_core.pressure.status import PressureStatus
 from erllama_core.prompt import Prompt
-from erllama_core.results import AdapterInfo, CacheKey, Completion, Prefill
+from erllama_core.results import AdapterInfo, CacheKey, Completion, Prefill, Replay
 from erllama_core.stream.stream import Stream
 
 if TYPE_CHECKING:
     from erllama_core.engine.engine import Engine
+
+
+class AsyncPressure:
+    """What of :class:`~erllama_core.pressure.monitor.Monitor` blocks, for coroutines."""
+
+    def __init__(self, monitor: Monitor) -> None:
+        self._monitor: Final = monitor
+
+    async def force_check(self) -> PressureStatus:
+        """See :meth:`Monitor.force_check`."""
+        return await asyncio.to_thread(self._monitor.force_check)
 
 
 class AsyncEngine:
@@ -155,6 +168,38 @@ class AsyncEngine:
     ) -> Prompt:
         """See :meth:`Engine.apply_chat_template`."""
         return await asyncio.to_thread(self._sync.apply_chat_template, model, messages, **arguments)
+
+    @property
+    def pressure(self) -> AsyncPressure:
+        """The awaitable twin of what blocks of ``engine.pressure``."""
+        return AsyncPressure(self._sync.pressure)
+
+    async def put_replay(
+        self,
+        model: ModelRef,
+        ids: str | Sequence[str],
+        completion: Completion,
+        *,
+        cache_salt: str | None = None,
+    ) -> bool:
+        """See :meth:`Engine.put_replay`."""
+        return await asyncio.to_thread(
+            self._sync.put_replay, model, ids, completion, cache_salt=cache_salt
+        )
+
+    async def get_replay(
+        self, model: ModelRef, replay_id: str, *, cache_salt: str | None = None
+    ) -> Replay | None:
+        """See :meth:`Engine.get_replay`."""
+        return await asyncio.to_thread(
+            self._sync.get_replay, model, replay_id, cache_salt=cache_salt
+        )
+
+    async def drop_replay(
+        self, model: ModelRef, replay_id: str, *, cache_salt: str | None = None
+    ) -> None:
+        """See :meth:`Engine.drop_replay`."""
+        await asyncio.to_thread(self._sync.drop_replay, model, replay_id, cache_salt=cache_salt)
 
     async def flush(self, timeout_s: float | None = None) -> bool:
         """See :meth:`Engine.flush`."""

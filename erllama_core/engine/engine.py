@@ -66,6 +66,7 @@ from erllama_core.results import (
     ModelInfo,
     Phase,
     Prefill,
+    Replay,
 )
 from erllama_core.signing import NoSignature
 from erllama_core.stream.pipeline import Stage
@@ -451,6 +452,7 @@ class Engine:
         tools: Sequence[Any] | None = None,
         documents: Sequence[Any] | None = None,
         add_generation_prompt: bool = True,
+        cache_salt: str | None = None,
         **variables: Any,
     ) -> Prompt:
         """See :meth:`Model.apply_chat_template`."""
@@ -459,8 +461,32 @@ class Engine:
             tools=tools,
             documents=documents,
             add_generation_prompt=add_generation_prompt,
+            cache_salt=cache_salt,
             **variables,
         )
+
+    def put_replay(
+        self,
+        model: ModelRef,
+        ids: str | Sequence[str],
+        completion: Completion,
+        *,
+        cache_salt: str | None = None,
+    ) -> bool:
+        """See :meth:`Model.put_replay`."""
+        return self._resolve(model).put_replay(ids, completion, cache_salt=cache_salt)
+
+    def get_replay(
+        self, model: ModelRef, replay_id: str, *, cache_salt: str | None = None
+    ) -> Replay | None:
+        """See :meth:`Model.get_replay`."""
+        return self._resolve(model).get_replay(replay_id, cache_salt=cache_salt)
+
+    def drop_replay(
+        self, model: ModelRef, replay_id: str, *, cache_salt: str | None = None
+    ) -> None:
+        """See :meth:`Model.drop_replay`."""
+        self._resolve(model).drop_replay(replay_id, cache_salt=cache_salt)
 
     def verify_thinking(self, thinking: str | bytes, signature: bytes) -> bool:
         """Whether an engine with this one's key signed this thinking; False without a key."""

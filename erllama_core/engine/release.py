@@ -26,7 +26,8 @@ class Releaser:
     """Gives back an engine's memory, what costs least first. One thread at a time.
 
     Objects of the tiers first, which are the cheapest to have again. Then idle sequences, whose
-    state is saved before; and what that put into the tiers. Then, if it may, the idle model that
+    state is saved before where there is more than memory to save it to; and what that put into
+    memory. Then, if it may, the idle model that
     was used longest ago; one at a time, as nothing tells beforehand what that brings.
     """
 
@@ -60,8 +61,10 @@ class Releaser:
         residents = 0
         unloaded = None
         if evicted.bytes < n_bytes:
-            residents = sum(model.drop_residents(RESIDENTS_TIMEOUT_S) for model in self._models())
+            residents = sum(map(self._drop_residents, self._models()))
             if residents and tiers:
+                # What they were saved to includes memory, but for a tier that has them now.
+                self._cache.flush(RESIDENTS_TIMEOUT_S)
                 more = self._cache.free_memory(n_bytes - evicted.bytes, tiers)
                 evicted = Evicted(evicted.rows + more.rows, evicted.bytes + more.bytes)
         if evicted.bytes < n_bytes and thresholds.unload_idle_models:
@@ -73,6 +76,10 @@ class Releaser:
             residents=residents,
             unloaded=unloaded,
         )
+
+    def _drop_residents(self, model: Model) -> int:
+        """What could be saved to memory alone is not: that would have to go again."""
+        return model.drop_residents(RESIDENTS_TIMEOUT_S, save=self._cache.any_lasts(model.tiers))
 
     def _unload_one(self) -> str | None:
         """The model that was used longest ago, if nothing runs or waits in it."""

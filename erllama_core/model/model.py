@@ -22,7 +22,14 @@ from erllama_core.errors import (
     NotSupported,
     PromptTooLong,
 )
-from erllama_core.interfaces.backend import BackendModel, Context, Embeds, KVClass, Quantisation
+from erllama_core.interfaces.backend import (
+    BackendModel,
+    Context,
+    Embeds,
+    KVClass,
+    Quantisation,
+    TellsLogits,
+)
 from erllama_core.interfaces.log import get_logger
 from erllama_core.interfaces.markers import ThinkingMarkers, ToolCallMarkers
 from erllama_core.interfaces.stream import ProcessorRequest, RunningSignature
@@ -36,10 +43,13 @@ from erllama_core.model.adapters import (
     removed,
     scaled,
 )
-from erllama_core.model.chat import render_chat
+from erllama_core.model.chat import check_chat, render_chat, render_text
+from erllama_core.model.chat_append import AppendOnlyCheck
 from erllama_core.model.chat_opening import with_opening
+from erllama_core.model.constraint import sampler_maker
 from erllama_core.model.explain import explain
 from erllama_core.model.options import ReplyKwargs, RequestKwargs, RequestOptions
+from erllama_core.model.replay import Replays
 from erllama_core.model.request import Request
 from erllama_core.model.worker import Worker
 from erllama_core.prompt import Prompt, pack
@@ -53,6 +63,7 @@ from erllama_core.results import (
     ModelInfo,
     Phase,
     Prefill,
+    Replay,
     Stats,
 )
 from erllama_core.stream.pipeline import Pipeline, Stage
@@ -74,6 +85,16 @@ class ReplySetup:
     thinking_markers: ThinkingMarkers | None
     tool_call_markers: ToolCallMarkers | None
     begin_signature: Callable[[], RunningSignature]
+
+    def markers(self, options: RequestOptions) -> tuple[str, ...]:
+        """The texts that mark parts of one request's reply."""
+        names = {stage.provider.name for stage in self.stages}
+        texts: list[str] = []
+        if self.thinking_markers is not None and options.thinking and "thinking" in names:
+            texts += self.thinking_markers.texts().values()
+        if self.tool_call_markers is not None and "tool_calls" in names:
+            texts += self.tool_call_markers.texts().values()
+        return tuple(texts)
 
 
 @attrs.frozen(kw_only=True)
@@ -109,6 +130,7 @@ class Model:
         self._worker: Final = parts.worker
         self._unload: Final = unload
         self._memory: Final = memory
+        self._append_only: Final = AppendOnlyCheck(parts.id)
         self._closed = False
         self._pid: Final = os.getpid()
 
@@ -120,8 +142,9 @@ class Model:
     def complete(self, prompt: PromptLike, **options: Unpack[RequestKwargs]) -> Completion:
         """Generate a reply and wait for all of it.
 
-        Raises InvalidPrompt, PromptTooLong, SeqCapacity, StickyBusy, TimeoutExceeded,
-        EngineError, EngineClosed; TypeError and ValueError for the options.
+        Raises InvalidPrompt, PromptTooLong, InvalidGrammar, NotSupported, SeqCapacity,
+        StickyBusy, TimeoutExceeded, EngineError, EngineClosed; TypeError and ValueError for the
+        options.
         """
         self._check_open()
         chosen = RequestOptions.of(options)
@@ -237,6 +260,14 @@ class Model:
         limit = self._parts.context_size
         if len(prompt) >= limit + (not generates):
             raise PromptTooLong(len(prompt), limit)
+        if options.logprobs is not None and not isinstance(self._parts.context, TellsLogits):
+            raise NotSupported(
+                f"the backend {self._parts.backend_name!r} of model {self.id!r} gives no "
+                "log-probabilities"
+            )
+        new_sampler = sampler_maker(
+            self._backend, self._parts.backend_name, options, self._parts.reply.markers(options)
+        )
         pipeline = self._pipeline(prompt, options)
         return Request(
             next(_request_ids),
@@ -244,7 +275,7 @@ class Model:
             options,
             model=self.id,
             context_size=limit,
-            sampler=self._backend.new_sampler(options.sampling(), prompt.packed),
+            new_sampler=new_sampler,
             pipeline=pipeline,
             generates=generates,
             continues=continues,
@@ -303,6 +334,7 @@ class Model:
                 tool_call_markers=setup.tool_call_markers,
                 begin_signature=setup.begin_signature,
             ),
+            may_swap=not options.is_constrained,
         )
 
     def why(self, prompt: PromptLike, *, cache_salt: str | None = None) -> Explanation:
@@ -410,27 +442,80 @@ class Model:
         tools: Sequence[Any] | None = None,
         documents: Sequence[Any] | None = None,
         add_generation_prompt: bool = True,
+        cache_salt: str | None = None,
         **variables: Any,
     ) -> Prompt:
         """A chat as the model's own template renders it.
 
         The characters of a control token in a user's or a tool's message stay ordinary text.
-        ``variables`` reach the template by name. Raises TemplateError.
+        ``variables`` reach the template by name. An assistant's message with an id that a turn
+        was kept under (:meth:`put_replay`) is that turn, token by token: ``replay``, or the ids
+        of its tool calls, or the signature of its thinking; ``cache_salt`` must be the one that
+        it was kept with. Raises TemplateError, also for a template that would use up too much.
         """
         self._check_open()
+        vocabulary = self._backend.vocabulary
+        template = check_chat(self._parts.chat_template, messages)
+        replays = Replays(self._worker.space, vocabulary).of_messages(messages, cache_salt)
         render = functools.partial(
             render_chat,
-            self._backend.vocabulary,
-            self._parts.chat_template,
+            vocabulary,
+            template,
             messages,
             tools=tools,
             documents=documents,
             variables=variables,
+            replays=replays,
         )
         prompt = render(add_generation_prompt=add_generation_prompt)
-        if not add_generation_prompt or self._parts.context.kv_class is KVClass.SPAN:
-            return prompt
-        return with_opening(prompt, lambda: render(add_generation_prompt=False))
+        if add_generation_prompt and self._parts.context.kv_class is not KVClass.SPAN:
+            prompt = with_opening(prompt, lambda: render(add_generation_prompt=False))
+        if not replays and prompt.text is not None:
+            given = {**variables, "tools": tools, "documents": documents}
+            self._append_only.look(
+                messages,
+                prompt.text,
+                lambda part, asks: render_text(
+                    vocabulary, template, part, given, add_generation_prompt=asks
+                ),
+                given,
+            )
+        return prompt
+
+    # ------------------------------------------------------------------- replay
+
+    def put_replay(
+        self,
+        ids: str | Sequence[str],
+        completion: Completion,
+        *,
+        cache_salt: str | None = None,
+    ) -> bool:
+        """Keep a turn under an id, or several, for :meth:`apply_chat_template` to put in place.
+
+        ``completion``: what this model replied. Kept in the model's tiers, and found by every
+        process that shares one, also after a restart. Keeping the same again is harmless. False
+        when no tier had room for it. Ids are strings of 1 to 1,024 characters; whoever knows one
+        can have the turn put into a prompt, so let ids be unguessable, or use ``cache_salt``.
+        May wait for a tier. Raises ValueError for an id that stands for another turn, and for a
+        turn without tokens.
+        """
+        self._check_open()
+        if completion.generated:
+            self._checked(completion.context_tokens)
+        replays = Replays(self._worker.space, self._backend.vocabulary)
+        return replays.put(ids, completion, cache_salt)
+
+    def get_replay(self, replay_id: str, *, cache_salt: str | None = None) -> Replay | None:
+        """The turn that is kept under an id; None when there is none. May wait for a tier."""
+        self._check_open()
+        replays = Replays(self._worker.space, self._backend.vocabulary)
+        return replays.get([replay_id], cache_salt).get(replay_id)
+
+    def drop_replay(self, replay_id: str, *, cache_salt: str | None = None) -> None:
+        """Forget a turn; unknown is a no-op. May wait for a tier."""
+        self._check_open()
+        Replays(self._worker.space, self._backend.vocabulary).drop(replay_id, cache_salt)
 
     def embed(self, prompt: PromptLike) -> list[float]:
         """One vector for a text. Raises NotSupported when the backend makes none."""
@@ -494,9 +579,14 @@ class Model:
         """
         self._worker.set_policy(policy)
 
-    def drop_residents(self, timeout_s: float = 0.0) -> int:
-        """Have idle sequences give back their cells, saved first; how many did in that time."""
-        return self._worker.drop_residents(timeout_s)
+    def drop_residents(self, timeout_s: float = 0.0, *, save: bool = True) -> int:
+        """See :meth:`Worker.drop_residents`."""
+        return self._worker.drop_residents(timeout_s, save=save)
+
+    @property
+    def tiers(self) -> tuple[str, ...]:
+        """The names of its tiers, nearest first."""
+        return self._parts.tiers
 
     @property
     def last_used_s(self) -> float:

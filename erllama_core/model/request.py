@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from erllama_core.cache.keys import ContextKeys
-from erllama_core.interfaces.backend import Sampler
+from erllama_core.interfaces.backend import ConstrainedSampler, PackedTokens, Sampler
 from erllama_core.interfaces.block import TOKEN_BYTES
 from erllama_core.interfaces.log import get_logger
 from erllama_core.interfaces.stream import Done, Event
@@ -24,6 +24,7 @@ from erllama_core.results import (
     GateEstimate,
     HitKind,
     Stats,
+    TokenLogprob,
 )
 from erllama_core.stream.mailbox import Mailbox
 from erllama_core.stream.pipeline import Pipeline
@@ -61,7 +62,7 @@ class Request:
         *,
         model: str = "",
         context_size: int,
-        sampler: Sampler,
+        new_sampler: Callable[[PackedTokens], Sampler],
         pipeline: Pipeline,
         generates: bool = True,
         continues: bool = False,
@@ -87,12 +88,16 @@ class Request:
         """It was given as a session's tokens and more, not as a prompt of its own."""
         self.is_streamed: Final = is_streamed
         self.max_generated = self._room(self.prompt_tokens)
-        self.sampler = sampler
+        self.new_sampler: Final = new_sampler
+        """Makes a sampler of what the request asks for, behind a prompt."""
+        self.sampler = new_sampler(prompt.packed)
         self.pipeline: Final = pipeline
         self.mailbox: Final[Mailbox[Event | Exception]] = Mailbox()
         self.tokens = bytearray(prompt.packed)
         """The context, packed: prompt and reply."""
         self.generated: Final[list[int]] = []
+        self.logprobs: Final[list[TokenLogprob] | None] = None if options.logprobs is None else []
+        """Of the tokens generated, for a request that asks for them."""
         self.keys: ContextKeys | None = None
         """Made when the request is submitted to a worker, which knows the namespace."""
         self.phase = Phase.QUEUED
@@ -215,6 +220,12 @@ class Request:
         self.tokens += token.to_bytes(TOKEN_BYTES, "little")
         self.generated.append(token)
 
+    def note_logprob(self, logprob: TokenLogprob) -> None:
+        """How likely the token sampled last was, for a request that asks for it."""
+        assert self.logprobs is not None
+        self.logprobs.append(logprob)
+        self.mailbox.put(logprob)
+
     def stats(
         self,
         finish_reason: FinishReason,
@@ -244,6 +255,10 @@ class Request:
             first_token_s=None if first is None else first - self.submitted_at,
             decode_s=0.0 if first is None else now - first,
             stop_sequence=self.pipeline.stop_sequence,
+            logprobs=None if self.logprobs is None else tuple(self.logprobs),
+            grammar_rejections=(
+                self.sampler.turned_down if isinstance(self.sampler, ConstrainedSampler) else 0
+            ),
             explain=explanation,
         )
 

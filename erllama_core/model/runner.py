@@ -65,7 +65,7 @@ class Runner:
         self.roster: Final = Roster()
         self.watch: Final = StepWatch()
         self._stopping = False
-        self._may_rest = True
+        self._may_rest = False
         """The last turn did nothing, and the next would not either without news."""
         self._settling: Final[list[tuple[threading.Event, list[Request]]]] = []
         self.context_or_none: Context | None = None
@@ -171,7 +171,7 @@ class Runner:
             guard=self.endings.guard,
             running=lambda: tuple(self.roster.active),
             respell=self._respell,
-            ready=lambda request, mark: self.stepper.restored(request, mark),  # noqa: PLW0108
+            ready=lambda *found: self.stepper.restored(*found),  # noqa: PLW0108
         )
         self.stepper = Stepper(
             context,
@@ -270,10 +270,9 @@ class Runner:
         needed = request.max_tokens_after(len(tokens) // TOKEN_BYTES)
         if needed is None or request.generated:
             return False
-        sampling = request.options.sampling()
         sampler = None
-        if sampling.repetition_penalty != 1.0:  # else it has no use for the prompt's tokens
-            sampler = self._model.new_sampler(sampling, tokens)
+        if request.options.repetition_penalty != 1.0:  # else the prompt's tokens are no use to it
+            sampler = request.new_sampler(tokens)
         keys = self.space.keys(request.tokens, request.options.cache_salt)
         before = bytes(request.tokens[: request.computed * TOKEN_BYTES])
         request.respell(tokens, keys, sampler)

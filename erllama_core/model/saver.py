@@ -59,7 +59,8 @@ class Saver:
         if drops:
             return (
                 f"{drops} saves were dropped, as too much waited to be written "
-                "(max_inflight_bytes); what is missing is tried again when the reply has ended"
+                "(max_inflight_bytes) or memory_budget_bytes had no room; what is missing is "
+                "tried again when the reply has ended"
             )
         boundary = policy.cold_boundary(prompt, self._align)
         if boundary == prompt:

@@ -14,6 +14,7 @@ Its end, and that of the reply, have a snapshot in any case.
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Iterable, Sequence
 from typing import Final
 
@@ -21,8 +22,10 @@ from erllama_core.cache.flow import SaveBuffer
 from erllama_core.cache.policy import SavePolicy
 
 _CLOSE: Final = 4
-"""A position that something speaks for is used instead of a regular one that is nearer to it than
-this part of the distance."""
+"""Two positions are near to each other by less than this part of the interval."""
+_SHORT: Final = 16
+"""Near the beginning a position is too near to the next one if it is by this part of the distance
+from the one before."""
 _TAIL: Final = 32
 """A prompt whose last control token is further from its end does not open a reply with it."""
 
@@ -38,37 +41,43 @@ def positions(
 ) -> list[int]:
     """Where to take snapshots of a prompt that is computed from ``start`` on, at most at ``limit``.
 
-    ``wanted`` are taken in any case, ``offered`` (ascending) and the multiples of ``interval``
-    only if they are far enough from those before: by ``interval``, near the beginning by as much
-    as is before them, and by ``least`` at the very least. Multiples are the same for all prompts,
-    and so is what is offered in the part that they share: their snapshots are stored once.
+    ``wanted`` are taken in any case. Between them one is taken after every ``interval`` tokens, or
+    a little sooner where one is ``offered`` (ascending), so that a slice of as many tokens ends
+    there without a rest. Close to the beginning, which most contexts share, those that are offered
+    are taken as often as the tokens before them double, ``least`` at the very least.
     """
     must = sorted({at for at in wanted if max(start, least - 1) < at <= limit})
-    may = _regular(start, limit, interval, offered) if interval else []
+    if not interval:
+        return must
+    ends = [*must, limit + 1]
     chosen: list[int] = []
     last = start
-    for at in may:
-        while must and must[0] <= at:
-            last = must.pop(0)
-            chosen.append(last)
-        gap = min(interval, max(least, last))
-        if at - last >= gap and not (must and must[0] - at < gap // _CLOSE):
+    for end in ends:
+        while (at := _next(last, end, interval, least, offered)) is not None:
             chosen.append(at)
             last = at
-    return [*chosen, *must]
+        chosen.append(end)
+        last = end
+    return chosen[:-1]
 
 
-def _regular(start: int, limit: int, interval: int, offered: Sequence[int]) -> list[int]:
-    """What is offered, and every multiple that has nothing of that shortly behind it."""
-    known = [at for at in offered if start < at <= limit]
-    regular = []
-    number = 0
-    for at in range(start - start % interval + interval, limit + 1, interval):
-        while number < len(known) and known[number] < at:
-            number += 1
-        if number == len(known) or known[number] - at > interval // _CLOSE:
-            regular.append(at)
-    return sorted({*known, *regular})
+def _next(last: int, end: int, interval: int, least: int, offered: Sequence[int]) -> int | None:
+    """The first position behind ``last`` that is far enough from it and not too near to ``end``."""
+    near = max(1, interval // _CLOSE)
+    if last < interval:
+        early = bisect.bisect_left(offered, last + max(least, last))
+        if early < len(offered):
+            at = offered[early]
+            # The end of a system prompt is worth having, even if the question is a short one.
+            if at <= last + interval and end - at > (at - last) // _SHORT:
+                return at
+    regular = last + interval
+    if regular > end - near:
+        return None
+    before = bisect.bisect_right(offered, regular) - 1
+    if before >= 0 and offered[before] > regular - near:
+        return offered[before]
+    return regular
 
 
 def widened(interval: int, snapshot_bytes: int, *, n_ctx: int, bytes_max: int) -> int:

@@ -13,6 +13,7 @@ from erllama_core.interfaces.backend import Context, Mark, Row, Vocabulary
 from erllama_core.interfaces.block import TOKEN_BYTES
 from erllama_core.interfaces.log import get_logger, told
 from erllama_core.model.endings import Endings, as_erllama_error
+from erllama_core.model.logprobs import FindLogprob, marked_logprob, row_logprob
 from erllama_core.model.request import Phase, Request
 from erllama_core.model.restorer import Restorer
 from erllama_core.model.roster import Roster
@@ -44,6 +45,7 @@ class Stepper:
         watch: StepWatch,
     ) -> None:
         self._context: Final = context
+        self._vocabulary: Final = vocabulary
         self._end_of_generation: Final = vocabulary.end_of_generation
         self._space: Final = space
         self._saver: Final = saver
@@ -199,16 +201,18 @@ class Stepper:
 
     # ----------------------------------------------------------------- what comes of it
 
-    def restored(self, request: Request, mark: Mark | None) -> None:
-        """The sequence of a request is as far as anything but computing brings it."""
+    def restored(self, request: Request, mark: Mark | None, token: int | None) -> None:
+        """The sequence of a request is as far as anything but computing brings it.
+
+        ``mark``: the logits at its end, if they were stored; ``token``: what was drawn from them.
+        """
         self._saver.plan(request)
         if mark is None:
             return
-        if not request.generates:
+        if token is None:
             self._endings.answer(request, "length")
         else:
-            greedy = request.pipeline.greedy
-            self._take(request, request.sampler.sample_mark(mark, greedy=greedy))
+            self._take(request, token, functools.partial(marked_logprob, mark))
         if request.phase is Phase.CLOSING and request.computed == request.length:
             self._endings.leave(request)  # it said nothing, and what it read is stored
 
@@ -216,10 +220,10 @@ class Stepper:
         if not request.generates:
             self._endings.answer(request, "length")
             return
-        greedy = request.pipeline.greedy
-        self._take(request, self._context.sample(row, request.sampler, greedy=greedy))
+        token = self._context.sample(row, request.sampler, greedy=request.pipeline.greedy)
+        self._take(request, token, functools.partial(row_logprob, self._context, row))
 
-    def _take(self, request: Request, token: int) -> None:
+    def _take(self, request: Request, token: int, find: FindLogprob) -> None:
         """A token was sampled: tell the caller, and see whether it was the last one."""
         if request.phase is Phase.PREFILLING:
             request.phase = Phase.GENERATING
@@ -232,6 +236,8 @@ class Stepper:
             self._endings.answer(request, "stop")
             return
         request.append(token)
+        if request.logprobs is not None:
+            request.note_logprob(find(self._vocabulary, token, request.options.logprobs or 0))
         for event in request.pipeline.feed(token):
             request.mailbox.put(event)
         if request.pipeline.ended:

@@ -142,7 +142,7 @@ class Worker:
         ``goes_on_from``: see :meth:`SessionTable.begin`.
         """
         # Reading the text of a long prompt takes a while, so the caller's thread does it.
-        request.keys = self._space.keys(request.tokens, request.options.cache_salt)
+        request.keys = self.space.keys(request.tokens, request.options.cache_salt)
         if request.keys.text is not None:
             request.keys.text.catch_up()
         with self._lock:
@@ -282,7 +282,7 @@ class Worker:
             done.set()
 
         self._ask(save, timeout_s)
-        return saved and self._space.wait_written(max(0.0, deadline - time.monotonic()))
+        return saved and self.space.wait_written(max(0.0, deadline - time.monotonic()))
 
     def set_policy(self, policy: SavePolicy) -> None:
         """Go by another policy, from the next tick on.
@@ -293,8 +293,8 @@ class Worker:
             self._options = attrs.evolve(self._options, policy=policy)
             self._runner.inbox.post(lambda runner: runner.set_policy(policy))
 
-    def drop_residents(self, timeout_s: float = 0.0) -> int:
-        """Have idle sequences give back their cells; their state is saved first.
+    def drop_residents(self, timeout_s: float = 0.0, *, save: bool = True) -> int:
+        """Have idle sequences give back their cells; with ``save`` their state is saved first.
 
         How many did within ``timeout_s``: a worker that is in the middle of a step, or closed,
         gives 0, and drops them later.
@@ -303,7 +303,7 @@ class Worker:
 
         def drop(runner: Runner, done: threading.Event) -> None:
             nonlocal dropped
-            dropped = runner.pool.drop_all_idle()
+            dropped = runner.pool.drop_all_idle(save=save)
             done.set()
 
         self._ask(drop, timeout_s)
@@ -389,7 +389,7 @@ class Worker:
 
     def examine(self, prompt: Prompt, salt: str | None) -> tuple[Finding, KVClass]:
         """What is stored of a prompt now. Computes nothing, and waits for nobody."""
-        space = self._space
+        space = self.space
         keys = space.keys(bytearray(prompt.packed), salt)
         match = space.find(keys, may_sample=True)
         other = space.respell(keys, match) if prompt.text is not None else None
@@ -410,7 +410,8 @@ class Worker:
         return self._runner.last_hit
 
     @property
-    def _space(self) -> ModelSpace:
+    def space(self) -> ModelSpace:
+        """The model's part of the cache; for what is thread-safe in it."""
         return self._runner.space
 
     # ------------------------------------------------------------- the threads
@@ -470,22 +471,26 @@ class Worker:
         except Abandoned:
             log.warning("context.came_back", model=self.name)
             return None
-        except BaseException as error:  # noqa: BLE001 - a backend's own code
-            log_unexpected(log, "context.lost", error, model=self.name)
-            failure = as_erllama_error(error, f"the worker of model {self.name!r} failed")
-            runner.lose(failure)
-            with self._lock:
-                # One that failed before it had computed anything would only fail again.
-                if self._accepts and runner.watch.count:
-                    return self._new_runner()
-            self._give_up(failure)
-            return None
+        except BaseException as error:  # noqa: BLE001 - what went beyond one request
+            return self._heir_after(runner, error)
         with self._lock:
             self._accepts = False
         try:
             runner.shut_down()
         except BaseException as error:  # noqa: BLE001 - a backend's own code
             log_unexpected(log, "worker.not_shut_down", error, model=self.name)
+        return None
+
+    def _heir_after(self, runner: Runner, error: BaseException) -> Runner | None:
+        """Who serves those that wait, after a runner has failed; None when nobody can."""
+        log_unexpected(log, "context.lost", error, model=self.name)
+        failure = as_erllama_error(error, f"the worker of model {self.name!r} failed")
+        runner.lose(failure)
+        with self._lock:
+            # One that failed before it had computed anything would only fail again.
+            if self._accepts and runner.watch.count:
+                return self._new_runner()
+        self._give_up(failure)
         return None
 
     def _free(self, runner: Runner, heir: Runner | None) -> None:

@@ -7,7 +7,7 @@ called again. After ``cancel`` the stream still ends with ``Done``, which says s
 from erllama_core import Done, Engine, TextDelta
 
 with Engine() as engine:
-    engine.load_model("chat", backend="stub", model_opts={"decode_us": 200})
+    engine.load_model("chat", backend="stub", model_opts={"decode_us": 5000})
     tokens = engine.tokenize("chat", "Once upon a time, there was a cache.")
     stream = engine.infer("chat", tokens, response_tokens=200)
     n_events = 0

@@ -8,7 +8,8 @@ from erllama_core import Engine
 from erllama_core.errors import StickyBusy
 
 with Engine() as engine:
-    engine.load_model("chat", backend="stub", context_opts={"n_ctx": 4096, "n_seq_max": 2})
+    options = {"n_ctx": 4096, "n_seq_max": 2}
+    engine.load_model("chat", backend="stub", context_opts=options, model_opts={"decode_us": 1000})
     prompt = "User: tell me about sticky sessions, at some length.\nBot:"
     first = engine.complete("chat", prompt, session_id="conv-7", response_tokens=16)
     prompt += f"{first.reply}\nUser: and then?\nBot:"

@@ -7,7 +7,8 @@ that is computing.
 from erllama_core import Engine
 
 with Engine() as engine:
-    engine.load_model("chat", backend="stub", context_opts={"n_seq_max": 1})
+    slow = {"decode_us": 2000}  # microseconds a step, so that there is something to watch
+    engine.load_model("chat", backend="stub", context_opts={"n_seq_max": 1}, model_opts=slow)
     streams = [
         engine.infer("chat", f"{number} is the number of this prompt. " * 3, response_tokens=1500)
         for number in range(4)

@@ -97,6 +97,10 @@ class Batch:
             offset = end
         return ends
 
+    def want_all(self) -> None:
+        """Have an output for every token laid out, as pooling takes."""
+        self._wanted[: self.native.n_tokens] = 1
+
 
 def _pointer(array: np.ndarray[Any, Any], element: Any) -> Any:
     return ctypes.cast(array.ctypes.data, ctypes.POINTER(element))

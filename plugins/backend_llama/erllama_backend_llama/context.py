@@ -12,6 +12,8 @@ from erllama_backend_llama import logits, native
 from erllama_backend_llama.abort import AbortFlag
 from erllama_backend_llama.adapter import LlamaAdapter
 from erllama_backend_llama.batch import Batch, Output
+from erllama_backend_llama.candidates import LiveRow
+from erllama_backend_llama.constrained import ConstrainedLlamaSampler
 from erllama_backend_llama.context_params import cost_prior, native_params
 from erllama_backend_llama.healing import Healer
 from erllama_backend_llama.kv_class import MemoryClass, Pools, claimed_class, prove
@@ -43,6 +45,10 @@ log = get_logger(__name__)
 _BROKEN: Final = -1
 """The length of a sequence whose import failed; it must be dropped."""
 _ABORTED: Final = 2
+ENCODES_ONLY: Final = (
+    "this model is an encoder: it embeds text and cannot go on with it; use embed, or load a "
+    "model that generates"
+)
 
 _LACKS: Final = "this model's state is of class {!r}, which has no {}"
 
@@ -56,12 +62,16 @@ DECODE_STATUS: Final = {
 
 
 def longest_context(model: Any, context: Any) -> int:
-    """Tokens of one sequence, at most.
+    """Tokens of one sequence of a context, at most."""
+    return longest_text(model, int(llama_cpp.llama_n_ctx_seq(context)))
+
+
+def longest_text(model: Any, n_ctx: int) -> int:
+    """Tokens that a model can take in a context of so many.
 
     A model without rotary positions may have learned ones: a table with a row for each position
     of its training, beyond which llama.cpp aborts the process.
     """
-    n_ctx = int(llama_cpp.llama_n_ctx_seq(context))
     learned = (
         llama_cpp.llama_model_rope_type(model) == llama_cpp.LLAMA_ROPE_TYPE_NONE
         and not llama_cpp.llama_model_is_recurrent(model)
@@ -76,7 +86,8 @@ class LlamaContext:
     In one pool of cells sequence n_seq_max, beyond those that callers use, is empty but during
     an export or an import; with separate cells it would cost as many as any other. Positions
     and sequences are checked here: llama.cpp aborts the process on some that are out of range
-    and accepts others. Raises ModelLoadError when it cannot be opened.
+    and accepts others. Raises ModelLoadError when it cannot be opened, NotSupported for a model
+    that has no state and so generates nothing.
     """
 
     def __init__(self, model: Any, options: ContextOptions, *, n_vocab: int) -> None:
@@ -90,7 +101,11 @@ class LlamaContext:
         scratch = n_seq_max if has_scratch else None
         n_seq = n_seq_max + has_scratch
         self._context: Any = _open(model, native_params(options, n_seq=n_seq, window=claim.window))
+        self.adapters: tuple[LlamaAdapter, ...] = ()
+        """Those that it computes with."""
         try:
+            if not llama_cpp.llama_get_memory(self._context):
+                raise NotSupported(ENCODES_ONLY)
             self._abort = AbortFlag(self._context)
             self._n_ctx = longest_context(model, self._context)
             self._n_cells = self._n_ctx * (1 if options.kv_unified else n_seq_max)
@@ -102,8 +117,6 @@ class LlamaContext:
             """Of the last step, a row for each of its rows, in the order of its batch."""
             self._largest: list[int] = []
             """The token with the largest logit of each."""
-            self.adapters: tuple[LlamaAdapter, ...] = ()
-            """Those that it computes with."""
             self._stateless: set[int] = set()
             """Sequences with ranges whose snapshot is still to come."""
             self._batch = Batch(n_batch=self._n_batch, n_seq=n_seq, n_vocab=n_vocab)
@@ -262,21 +275,26 @@ class LlamaContext:
 
     def sample(self, row: int, sampler: Sampler, *, greedy: bool = False) -> int:
         """Draw from the row's logits, which ``step`` found to be numbers."""
-        if not isinstance(sampler, LlamaSampler):
-            raise TypeError(f"a sampler of this backend's new_sampler, got {sampler!r}")
         index, place = self._output(row)
-        if sampler.takes_largest(greedy=greedy):
+        if isinstance(sampler, LlamaSampler) and sampler.takes_largest(greedy=greedy):
             return self._largest[place]
-        chain = sampler.chain_for(greedy=greedy)
-        token: int = llama_cpp.llama_sampler_sample(chain, self._context, index)
-        sampler.note_drawn(token, greedy=greedy)
-        return token
+        if not isinstance(sampler, LlamaSampler | ConstrainedLlamaSampler):
+            raise TypeError(f"a sampler of this backend's new_sampler, got {sampler!r}")
+        assert self._logits is not None
+        live = LiveRow(self._context, index, self._logits[place], self._largest[place])
+        return sampler.sample_row(live, greedy=greedy)
 
     def mark(self, row: int, size: int | None) -> Mark:
         """The row's largest logits."""
         _, place = self._output(row)
         assert self._logits is not None
         return logits.make_mark(self._logits[place], size)
+
+    def logit(self, row: int, token: int) -> float:
+        """Of one token of the row."""
+        _, place = self._output(row)
+        assert self._logits is not None
+        return float(self._logits[place][token])
 
     # ----------------------------------------------------------- sequences
 

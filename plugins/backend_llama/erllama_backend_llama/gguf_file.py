@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final, Self
@@ -65,6 +66,7 @@ _values: Final = {
     kind: _function(f"gguf_get_val_{name}", type_, _HANDLE, _ID)
     for kind, (name, type_) in _SCALARS.items()
 }
+_data_offset: Final = _function("gguf_get_data_offset", ctypes.c_size_t, _HANDLE)
 _n_tensors: Final = _function("gguf_get_n_tensors", _ID, _HANDLE)
 _tensor_name: Final = _function("gguf_get_tensor_name", ctypes.c_char_p, _HANDLE, _ID)
 _tensor_shape: Final = _function("gguf_get_tensor_ne", ctypes.POINTER(ctypes.c_int64), _HANDLE, _ID)
@@ -101,6 +103,7 @@ class GgufFile:
     """An open header; a context manager. Raises NotGguf."""
 
     def __init__(self, path: Path) -> None:
+        self._path: Final = path
         self._handle: Any = None
         native.start()
         with native.collect_log() as lines:
@@ -148,6 +151,24 @@ class GgufFile:
         numbers = tuple((type_ * length).from_address(data)) if length else ()
         return Value("array", numbers, length)
 
+    def texts(self, key: str) -> list[bytes]:
+        """The values of an array of strings; empty when the key is none. Raises NotGguf.
+
+        Read by walking along the header, which llama.cpp's reader has found in order: asking it
+        for each of 150,000 tokens would take as long as loading them.
+        """
+        with self._path.open("rb") as file:
+            header = file.read(self.data_offset)
+        try:
+            return _texts(header, key.encode())
+        except (struct.error, IndexError, KeyError) as error:
+            raise NotGguf("the file was changed while it was read") from error
+
+    @property
+    def data_offset(self) -> int:
+        """Where the tensors' data begins, bytes."""
+        return int(_data_offset(self._handle))
+
     def tensors(self) -> dict[str, Tensor]:
         """All records, by name."""
         found = {}
@@ -157,3 +178,34 @@ class GgufFile:
             ne0, ne1, ne2, ne3 = shape[:_MOST_DIMENSIONS]
             found[name] = Tensor(_tensor_type(self._handle, index), (ne0, ne1, ne2, ne3))
         return found
+
+
+_U32: Final = struct.Struct("<I").unpack_from
+_U64: Final = struct.Struct("<Q").unpack_from
+_FIRST_KEY: Final = 4 + 4 + 8 + 8
+
+
+def _texts(header: bytes, wanted: bytes) -> list[bytes]:
+    at = _FIRST_KEY
+    for _ in range(_U64(header, at - 8)[0]):
+        (length,) = _U64(header, at)
+        at += 8 + length
+        is_wanted = header[at - length : at] == wanted
+        (kind,) = _U32(header, at)
+        at += 4
+        count = 1
+        if kind == _ARRAY:
+            (kind,), (count,) = _U32(header, at), _U64(header, at + 4)
+            at += 12
+        if kind != _STRING:
+            at += count * ctypes.sizeof(_SCALARS[kind][1])
+            continue
+        found = []
+        for _ in range(count):
+            (length,) = _U64(header, at)
+            at += 8 + length
+            if is_wanted:
+                found.append(header[at - length : at])
+        if is_wanted:
+            return found
+    return []

@@ -35,6 +35,15 @@ def largest(rows: Logits) -> list[int]:
     return found
 
 
+def largest_of(row: Logits, size: int) -> npt.NDArray[np.int64]:
+    """The tokens of the ``size`` largest logits, fewer than there are, by ascending id."""
+    smallest = np.partition(row, row.size - size)[row.size - size]
+    above = np.flatnonzero(row > smallest)
+    # flatnonzero ascends, so of equal logits at the edge the lowest ids are kept.
+    equal = np.flatnonzero(row == smallest)[: size - above.size]
+    return np.sort(np.concatenate((above, equal)))
+
+
 def make_mark(row: Logits, size: int | None) -> Mark:
     """The ``size`` largest logits, largest first, equal ones by ascending token id.
 
@@ -43,14 +52,7 @@ def make_mark(row: Logits, size: int | None) -> Mark:
     n_vocab = row.size
     if size is not None and size < 1:
         raise ValueError(f"a mark of {size} logits; 1 at least")
-    if size is None or size >= n_vocab:
-        chosen = np.arange(n_vocab)
-    else:
-        smallest = np.partition(row, n_vocab - size)[n_vocab - size]
-        above = np.flatnonzero(row > smallest)
-        # flatnonzero ascends, so of equal logits at the edge the lowest ids are kept.
-        equal = np.flatnonzero(row == smallest)[: size - above.size]
-        chosen = np.sort(np.concatenate((above, equal)))
+    chosen = np.arange(n_vocab) if size is None or size >= n_vocab else largest_of(row, size)
     # A stable sort keeps ascending ids among equal logits.
     chosen = chosen[np.argsort(-row[chosen], kind="stable")]
     peak = float(row.max())

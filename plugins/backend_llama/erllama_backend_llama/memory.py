@@ -18,9 +18,9 @@ from llama_cpp import llama_cpp
 
 from erllama_backend_llama import native
 from erllama_backend_llama.context_params import check_options, native_params
-from erllama_backend_llama.gguf_check import check_gguf
 from erllama_backend_llama.kv_class import claimed_class
 from erllama_backend_llama.model import model_params
+from erllama_backend_llama.model_check import check_model
 from erllama_backend_llama.options import ALL_LAYERS, LlamaOptions
 from erllama_core.errors import ModelLoadError
 from erllama_core.interfaces.backend import BackendRequest, ContextOptions, KVClass, MemoryEstimate
@@ -41,7 +41,7 @@ def estimate_memory(request: BackendRequest) -> MemoryEstimate | None:
     if not isinstance(options, LlamaOptions) or path is None:
         return None  # loading says what is wrong
     check_options(request.context)
-    check_gguf(path)
+    check_model(path)
     native.start()
     params, _kept = model_params(options)
     params.no_alloc = True

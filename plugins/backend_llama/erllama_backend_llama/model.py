@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -13,11 +14,14 @@ from llama_cpp import llama_cpp
 
 from erllama_backend_llama import native
 from erllama_backend_llama.adapter import LlamaAdapter, NativeLock, check_adapter, read_ahead
-from erllama_backend_llama.context import LlamaContext
+from erllama_backend_llama.constrained import ConstrainedLlamaSampler
+from erllama_backend_llama.context import ENCODES_ONLY, LlamaContext, longest_text
 from erllama_backend_llama.context_params import check_options
+from erllama_backend_llama.embedding import Embedder, pooling_of
 from erllama_backend_llama.gguf_file import Tensor
 from erllama_backend_llama.identity import state_identity
 from erllama_backend_llama.model_check import check_model
+from erllama_backend_llama.no_context import NoContext
 from erllama_backend_llama.options import LlamaOptions
 from erllama_backend_llama.quantisation import from_file_type
 from erllama_backend_llama.sampler import LlamaSampler
@@ -28,10 +32,13 @@ from erllama_core.errors import (
     DecodeFailed,
     EngineClosed,
     ModelLoadError,
+    NotSupported,
 )
 from erllama_core.interfaces.backend import (
     Adapter,
     BackendRequest,
+    ConstrainedSampler,
+    Constraint,
     Context,
     ContextOptions,
     Identity,
@@ -68,8 +75,11 @@ def load_model(request: BackendRequest) -> LlamaModel:
         raise ModelLoadError('the backend "llama" needs model_path, the path of a GGUF file')
     check_options(request.context)
     tensors = check_model(request.model_path)
+    # A file without tensors is a vocabulary, as llama.cpp's own tests have them.
+    vocab_only = not tensors or options.vocab_only
     native.start()
     params, _kept = model_params(options)
+    params.vocab_only = vocab_only
     with native.collect_log() as lines:
         model = llama_cpp.llama_model_load_from_file(os.fsencode(request.model_path), params)
     if not model:
@@ -79,8 +89,8 @@ def load_model(request: BackendRequest) -> LlamaModel:
             reason=native.reason(lines),
         )
     try:
-        _check_generates(model)
-        return LlamaModel(model, request.context, tensors)
+        _check_kind(model)
+        return LlamaModel(model, request.context, options, tensors, vocab_only=vocab_only)
     except BaseException:
         llama_cpp.llama_model_free(model)
         raise
@@ -89,11 +99,26 @@ def load_model(request: BackendRequest) -> LlamaModel:
 class LlamaModel:
     """A ``llama_model``. Thread-safe but for :meth:`open_context` and :meth:`close`."""
 
-    def __init__(self, model: Any, options: ContextOptions, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self,
+        model: Any,
+        context: ContextOptions,
+        options: LlamaOptions,
+        tensors: Mapping[str, Tensor],
+        *,
+        vocab_only: bool,
+    ) -> None:
         """Takes ``model`` over when it returns; raises without having freed it."""
-        self._options = options
+        self._options = context
+        self._pooling: Final = options.pooling
         self._tensors: Final = tensors
         self._metadata: Final = _metadata(model)
+        self._vocab_only: Final = vocab_only
+        self._lacks = _what_it_lacks(self._metadata, vocab_only=vocab_only)
+        """Why it generates nothing; None for a model that does."""
+        self._embedding: Final = threading.Lock()
+        self._embedder: Embedder | None = None
+        self._is_closing = False
         self._vocabulary: Final = LlamaVocabulary(model)
         self.description: Final = _string(partial(llama_cpp.llama_model_desc, model))
         self.quantisation: Final[Quantisation] = from_file_type(
@@ -115,6 +140,8 @@ class LlamaModel:
         return self._vocabulary
 
     def identity(self) -> Identity:
+        if self._lacks is not None:
+            return {"backend": "llama", "generates": False}
         if self._context is None:
             raise ValueError("a model's identity is known once its context was opened")
         return state_identity(
@@ -128,8 +155,14 @@ class LlamaModel:
         with self._lock:
             if self._model is None:
                 raise EngineClosed("the model was unloaded")
+            if self._lacks is not None:
+                return NoContext(self._options, self._lacks)
             n_vocab = self._vocabulary.n_tokens
-            self._context = LlamaContext(self._model, self._options, n_vocab=n_vocab)
+            try:
+                self._context = LlamaContext(self._model, self._options, n_vocab=n_vocab)
+            except NotSupported as error:
+                self._lacks = str(error)
+                return NoContext(self._options, self._lacks)
             self._contexts.append(self._context)
             return self._context
 
@@ -171,11 +204,57 @@ class LlamaModel:
                 ) from error
 
     def new_sampler(self, params: SamplingParams, history: PackedTokens) -> Sampler:
-        """A sampler of its own. Raises ValueError for parameters that mean nothing."""
+        """A sampler of its own.
+
+        Raises ValueError for parameters that mean nothing, NotSupported when the model generates
+        nothing.
+        """
+        if self._lacks is not None:
+            raise NotSupported(self._lacks)
         return LlamaSampler(params, history, self._vocabulary.n_tokens)
 
+    def new_constrained_sampler(
+        self, params: SamplingParams, history: PackedTokens, constraint: Constraint
+    ) -> ConstrainedSampler:
+        """A sampler of its own. Raises ValueError for parameters that mean nothing, InvalidGrammar
+        for a grammar that llama.cpp refuses.
+        """
+        if self._lacks is not None:
+            raise NotSupported(self._lacks)
+        return ConstrainedLlamaSampler(params, history, constraint, self._vocabulary)
+
+    def embed(self, tokens: PackedTokens) -> Sequence[float]:
+        """See :meth:`Embedder.embed`. Raises NotSupported for a vocabulary alone."""
+        if self._vocab_only:
+            raise NotSupported(self._lacks or "")
+        with self._embedding:
+            if self._is_closing or self._model is None:
+                raise EngineClosed("the model was unloaded; load it again to embed")
+            if self._embedder is None:
+                self._embedder = Embedder(
+                    self._model,
+                    self._options,
+                    pooling_of(self._metadata, self._pooling),
+                    self._lock,
+                    n_vocab=self._vocabulary.n_tokens,
+                    limit=self._longest_text(),
+                )
+            embedder = self._embedder
+        return embedder.embed(tokens)
+
+    def _longest_text(self) -> int:
+        n_ctx = self._options.n_ctx
+        if self._lacks is None:
+            return longest_text(self._model, n_ctx)
+        # An encoder's positions are learned, whatever its rope type is said to be.
+        return min(n_ctx, int(llama_cpp.llama_model_n_ctx_train(self._model)))
+
     def close(self) -> None:
-        """Free the weights, and before them the context if that is still open. Idempotent."""
+        """Free the weights, and before them the contexts that are still open. Idempotent."""
+        with self._embedding:
+            self._is_closing = True
+        if self._embedder is not None:
+            self._embedder.close()
         with self._lock:
             model, self._model = self._model, None
             if model is None:
@@ -209,7 +288,19 @@ def model_params(options: LlamaOptions) -> tuple[Any, Any]:
     return params, shares
 
 
-def _check_generates(model: Any) -> None:
+def _what_it_lacks(metadata: Mapping[str, str], *, vocab_only: bool) -> str | None:
+    if vocab_only:
+        return (
+            "this model is a vocabulary alone: it makes tokens of text and text of tokens, and "
+            "computes nothing; load it with its weights"
+        )
+    architecture = metadata.get("general.architecture", "")
+    if metadata.get(f"{architecture}.attention.causal") == "false":
+        return ENCODES_ONLY
+    return None
+
+
+def _check_kind(model: Any) -> None:
     vocab = llama_cpp.llama_model_get_vocab(model)
     if llama_cpp.llama_vocab_type(vocab) == llama_cpp.LLAMA_VOCAB_TYPE_NONE:
         raise ModelLoadError("the file has no vocabulary; the backend runs language models only")

@@ -32,13 +32,13 @@ def _load(request: BackendRequest) -> BackendModel:
 def _check(request: BackendRequest) -> Iterator[tuple[str, str]]:
     """What loading would refuse before it loads anything."""
     from erllama_backend_llama.context_params import check_options
-    from erllama_backend_llama.gguf_check import check_gguf
+    from erllama_backend_llama.model_check import check_model
 
     if request.model_path is None:
         yield "model_path", "required: the path of a GGUF file"
     else:
         try:
-            check_gguf(request.model_path)
+            check_model(request.model_path)
         except ModelLoadError as error:
             yield "model_path", str(error)
     try:

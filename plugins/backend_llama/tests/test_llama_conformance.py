@@ -10,7 +10,9 @@ import pytest
 
 from erllama_core.conformance import BackendConformance, BackendSubject
 from erllama_core.interfaces.backend import ContextOptions
+from tiny_gguf import write_tiny_lora
 
+N_VOCAB = 288
 Tiny = Callable[..., Path]
 
 
@@ -40,8 +42,21 @@ class OfTinyModels(BackendConformance):
                 swa_full=self.swa_full,
             )
 
+        def write_adapter(file: Path) -> None:
+            width = 128 if self.arch == "lfm2" else 64
+            embedding = {
+                "token_embd.weight.lora_a": (4, N_VOCAB),
+                "token_embd.weight.lora_b": (4, width),
+            }
+            named = {"general.architecture": self.arch}
+            write_tiny_lora(file, layers=0, metadata=named, tensors=embedding)
+
         return BackendSubject(
-            load=open_model, rounding=self.rounding, options=chosen, restores_exactly=False
+            write_adapter=write_adapter,
+            load=open_model,
+            rounding=self.rounding,
+            options=chosen,
+            restores_exactly=False,
         )
 
 

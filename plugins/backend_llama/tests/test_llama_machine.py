@@ -13,7 +13,7 @@ from llama_cpp import llama_cpp
 
 from context_machine import N_CTX, N_SEQ, Setup, run_machine
 from erllama_backend_llama.model import LlamaModel
-from erllama_core.interfaces.backend import Context
+from erllama_core.interfaces.backend import Context, KVClass
 
 Load = Callable[..., LlamaModel]
 
@@ -61,13 +61,21 @@ def with_nan(snapshot: bytes) -> bytes:
     return snapshot[:-16] + np.full(4, np.nan, dtype="<f4").tobytes()
 
 
+def kv_class_of(arch: str, options: dict[str, Any]) -> KVClass:
+    if arch == "mamba":
+        return KVClass.WHOLE
+    return KVClass.SPAN if arch == "llama" else KVClass.CHECKPOINT
+
+
 def setup_of(path: Path, load: Load, arch: str, options: dict[str, Any], rounding: float) -> Setup:
     opened: list[LlamaModel] = []
 
     def open_context() -> Context:
         model = load(path, n_ctx=N_CTX, n_seq_max=N_SEQ, n_ubatch=64, **options)
         opened.append(model)
-        return model.open_context()
+        context = model.open_context()
+        assert context.kv_class is kv_class_of(arch, options)
+        return context
 
     recurrent = arch in {"mamba", "qwen35"}
     return Setup(

@@ -12,6 +12,7 @@ from typing import Final, NoReturn
 from erllama_backend_stub.adapter import StubAdapter, adapted_key
 from erllama_backend_stub.blob import BlobKind, blob_bytes, read_blob, write_blob
 from erllama_backend_stub.cells import CellMaker, CellPool
+from erllama_backend_stub.constrained import ConstrainedStubSampler
 from erllama_backend_stub.faults import FaultPlan
 from erllama_backend_stub.logits import LogitRow
 from erllama_backend_stub.options import StubOptions
@@ -247,13 +248,17 @@ class StubContext:
     def sample(self, row: int, sampler: Sampler, *, greedy: bool = False) -> int:
         """See the protocol. Raises ValueError for a row without logits."""
         logits = self._row(row)
-        if not isinstance(sampler, StubSampler):
+        if not isinstance(sampler, StubSampler | ConstrainedStubSampler):
             raise TypeError(f"a {type(sampler).__name__} is not a sampler of this model")
         return sampler.sample_row(logits, greedy=greedy)
 
     def mark(self, row: int, size: int | None) -> Mark:
         """See the protocol. Raises ValueError for a row without logits."""
         return self._row(row).mark(size)
+
+    def logit(self, row: int, token: int) -> float:
+        """See the protocol. Raises ValueError for a row without logits."""
+        return self._row(row).values[token]
 
     # ----------------------------------------------------------- sequences
 

@@ -11,6 +11,7 @@ from typing import Final
 
 from erllama_backend_stub.adapter import StubAdapter
 from erllama_backend_stub.cells import CellMaker
+from erllama_backend_stub.constrained import ConstrainedStubSampler
 from erllama_backend_stub.context import StubContext
 from erllama_backend_stub.faults import FaultPlan, HangGate
 from erllama_backend_stub.options import StubOptions
@@ -22,6 +23,7 @@ from erllama_core.errors import InvalidPrompt, ModelLoadError
 from erllama_core.interfaces.backend import (
     Adapter,
     BackendRequest,
+    Constraint,
     Context,
     ContextOptions,
     Identity,
@@ -65,7 +67,9 @@ def estimate_memory(request: BackendRequest) -> MemoryEstimate:
 
 
 class StubModel:
-    """See ``erllama_core.interfaces.backend.BackendModel``; it also ``Embeds`` and ``Adapts``.
+    """See ``erllama_core.interfaces.backend.BackendModel``.
+
+    It also ``Embeds``, ``Adapts`` and ``Constrains``.
 
     Contexts can be opened any number of times, one after or beside the other.
     """
@@ -128,6 +132,11 @@ class StubModel:
 
     def new_sampler(self, params: SamplingParams, history: PackedTokens) -> StubSampler:
         return StubSampler(params, history)
+
+    def new_constrained_sampler(
+        self, params: SamplingParams, history: PackedTokens, constraint: Constraint
+    ) -> ConstrainedStubSampler:
+        return ConstrainedStubSampler(params, history, constraint, self.vocabulary)
 
     def embed(self, tokens: PackedTokens) -> Sequence[float]:
         """32 floats of length 1, a function of tokens and weights.

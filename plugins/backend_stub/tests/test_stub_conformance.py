@@ -17,7 +17,7 @@ def subject(**options: Any) -> BackendSubject:
             BackendRequest(model_path=None, options=StubOptions(**options), context=context)
         )
 
-    return BackendSubject(load=load)
+    return BackendSubject(load=load, write_adapter=lambda path: path.write_bytes(b"stub adapter\n"))
 
 
 class TestStub(BackendConformance):

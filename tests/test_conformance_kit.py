@@ -292,6 +292,17 @@ class HalfAnAbility(GoodTier):
         pass
 
 
+class EvictsByItself(GoodTier):
+    def set_quota(self, quota_bytes: int | None) -> None:
+        self.quota = quota_bytes
+        self.store.clear()
+
+
+class KeepsItsFirstQuota(GoodTier):
+    def set_quota(self, quota_bytes: int | None) -> None:
+        pass
+
+
 class LeaksPages(GoodTier):
     def __init__(self, store: dict[ObjectId, bytes], quota: int | None) -> None:
         super().__init__(store, quota)
@@ -331,6 +342,8 @@ WRONG_TIERS = [
     (LeaksAThread, "test_closing_twice_is_harmless", False),
     (ForgetsAtClose, "test_what_survives_closing", False),
     (HalfAnAbility, "test_abilities_are_whole", True),
+    (EvictsByItself, "test_the_quota_changes", False),
+    (KeepsItsFirstQuota, "test_the_quota_changes", False),
     (LeaksPages, "test_pages_are_kept_uncopied", False),
 ]
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, Unpack
 
 from erllama_core.config import EngineConfig, ModelConfig
 from erllama_core.engine.reload_plan import Reloaded
+from erllama_core.engine.reloading import ConfigSource
 from erllama_core.errors import EngineClosed
 from erllama_core.model.model import Model, ModelRef, PromptLike
 from erllama_core.model.options import ReplyKwargs, RequestKwargs
@@ -20,7 +21,7 @@ from erllama_core.results import AdapterInfo, CacheKey, Completion, Prefill, Rep
 from erllama_core.stream.stream import Stream
 
 if TYPE_CHECKING:
-    from erllama_core.engine.engine import ConfigSource, Engine
+    from erllama_core.engine.engine import Engine
 
 
 class AsyncPressure:

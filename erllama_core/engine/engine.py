@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import atexit
-import contextlib
 import functools
 import itertools
 import os
 import threading
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Final, Self, Unpack
-
-import attrs
 
 from erllama_core.cache.budget import Hold
 from erllama_core.cache.cache import Cache
@@ -21,9 +17,7 @@ from erllama_core.cache.tiers import NamedTier
 from erllama_core.config import (
     EngineConfig,
     ModelConfig,
-    PressureConfig,
     TierConfig,
-    check_config,
     config_warnings,
     examine_loaded,
     memory_problems,
@@ -35,17 +29,16 @@ from erllama_core.config import (
 )
 from erllama_core.config.structuring import dotted
 from erllama_core.engine.aio import AsyncEngine
+from erllama_core.engine.model_table import ModelTable
 from erllama_core.engine.release import Releaser
-from erllama_core.engine.reload_plan import Plan, Reloaded, Running, plan_reload
+from erllama_core.engine.reload_plan import Reloaded
+from erllama_core.engine.reloading import ConfigSource, Reloader, Settings, lasting
 from erllama_core.engine.sources import pressure_sources
 from erllama_core.errors import (
-    AlreadyLoaded,
     CacheError,
     ConfigError,
     ConfigProblem,
     EngineClosed,
-    ErllamaError,
-    ModelNotFound,
     unknown_name,
 )
 from erllama_core.host import PluginHost
@@ -58,7 +51,6 @@ from erllama_core.interfaces.telemetry import (
     PressureSampled,
     RequestFinished,
 )
-from erllama_core.logs import logging_is_ours, reconfigure_logging
 from erllama_core.model.footprint import set_aside
 from erllama_core.model.loading import open_model
 from erllama_core.model.model import Model, ModelRef, PromptLike, ReplySetup
@@ -76,15 +68,12 @@ from erllama_core.results import (
     Prefill,
     Replay,
 )
-from erllama_core.signing import NoSignature, SigningKey
+from erllama_core.signing import NoSignature
 from erllama_core.stream.pipeline import Stage
 from erllama_core.stream.stream import Stream
 from erllama_core.telemetry import Notifier
 
 log = get_logger("erllama.engine")
-
-ConfigSource = str | os.PathLike[str] | Mapping[str, Any]
-"""The path of a TOML file, or the same structure as a mapping."""
 
 
 class Engine:
@@ -99,47 +88,48 @@ class Engine:
         self, config: EngineConfig | None = None, *, plugins: PluginHost | None = None
     ) -> None:
         self._pid: Final = os.getpid()
-        self._config = EngineConfig() if config is None else config
-        problems = self._config.problems()
+        config = EngineConfig() if config is None else config
+        problems = config.problems()
         if problems:
             raise ConfigError(problems)
-        self._signing_key = read_signing_key(self._config.engine)
-        self.plugins: Final = plugin_host(self._config) if plugins is None else plugins
-        problems = memory_problems(self._config, self.plugins)
+        signing_key = read_signing_key(config.engine)
+        self.plugins: Final = plugin_host(config) if plugins is None else plugins
+        problems = memory_problems(config, self.plugins)
         if problems:
             raise ConfigError(problems)
-        for warning in config_warnings(self._config, self.plugins):
+        for warning in config_warnings(config, self.plugins):
             log.warning("config.questionable", path=warning.path, message=warning.message)
         self._notifier: Final = Notifier(self.plugins.listeners)
-        settings = self._config.cache
+        settings = config.cache
         self._cache: Final = Cache(
-            self._open_tiers(),
+            self._open_tiers(config.tiers),
             max_inflight_bytes=settings.max_inflight_bytes,
             writer_threads=settings.writer_threads,
             loader_threads=settings.loader_threads,
             marks_share=settings.marks_share,
             read_timeout_s=settings.read_timeout_ms / 1000,
             write_timeout_s=settings.write_timeout_ms / 1000,
-            memory_budget_bytes=self._config.engine.memory_budget_bytes,
+            memory_budget_bytes=config.engine.memory_budget_bytes,
             on_event=self._teller(CacheEvent),
         )
-        self._lock: Final = threading.Lock()
         self._closing: Final = threading.Lock()
-        self._reloading: Final = threading.Lock()
-        self._source: ConfigSource | None = None
-        self._models: Final[dict[str, Model]] = {}
-        self._model_configs: Final[dict[str, ModelConfig]] = {}
-        self._from_config: Final[set[str]] = set()
-        """Ids of models that are loaded because the configuration names them."""
-        self._loading: Final[set[str]] = set()
+        self._models: Final = ModelTable()
         self._ids: Final = itertools.count(1)
-        self._closed = False
         try:
-            self._pressure: Final = self._open_pressure()
+            self._pressure: Final = self._open_pressure(config)
         except BaseException:
             self._cache.close()
             self._notifier.close()
             raise
+        self._reloader: Final = Reloader(
+            Settings(config, signing_key),
+            self._models,
+            self._cache,
+            self._pressure,
+            self.plugins,
+            load=self._load,
+            unload=self.unload,
+        )
         self.aio: Final = AsyncEngine(self)
         # What is still in save buffers when a program ends without closing is written. The
         # engine's threads would outlive it otherwise, so until it is closed it stays.
@@ -161,11 +151,11 @@ class Engine:
         if found.problems:
             raise ConfigError(found.problems, found.source)
         engine = cls(loaded.config, plugins=host)
-        engine._source = _lasting(source)
+        engine._reloader.source = lasting(source)
         try:
             for model_id, model in loaded.config.models.items():
                 engine._load(model_id, model, loaded.config)
-                engine._from_config.add(model_id)
+            engine._models.note_named(loaded.config.models)
         except BaseException:
             engine.close()
             raise
@@ -175,16 +165,16 @@ class Engine:
         """What notifications of a kind are given to; None when no plugin listens to them."""
         return self._notifier.tell if self._notifier.listens_to(kind) else None
 
-    def _open_pressure(self) -> Monitor:
-        settings = self._config.pressure
+    def _open_pressure(self, config: EngineConfig) -> Monitor:
+        settings = config.pressure
         monitor = Monitor(
             settings.thresholds,
             functools.partial(pressure_sources, settings, self.plugins),
             Releaser(
                 self._cache,
-                self._config,
+                config,
                 self.plugins,
-                models=self._loaded,
+                models=self._models.all,
                 unload_if_idle=self._unload_if_idle,
             ),
             tell=self._teller(PressureSampled),
@@ -193,14 +183,10 @@ class Engine:
             monitor.enable()
         return monitor
 
-    def _loaded(self) -> list[Model]:
-        with self._lock:
-            return list(self._models.values())
-
-    def _open_tiers(self) -> list[NamedTier]:
+    def _open_tiers(self, tiers: Sequence[TierConfig]) -> list[NamedTier]:
         opened: list[NamedTier] = []
         try:
-            for number, tier in enumerate(self._config.tiers):
+            for number, tier in enumerate(tiers):
                 try:
                     opened.append(open_tier(self.plugins, tier, path=f"tiers[{number}]"))
                 except (CacheError, OSError) as error:
@@ -227,14 +213,11 @@ class Engine:
             raise TypeError("give load_model a config or single options, not both")
         chosen = model_config(options if config is None else config)
         name = f"{chosen.backend}-{next(self._ids)}" if model_id is None else model_id
-        return self._load(name, chosen, self._config)
+        return self._load(name, chosen, self.config)
 
     def _load(self, name: str, chosen: ModelConfig, config: EngineConfig) -> Model:
         """Load a model, with the tiers and the policy of ``config``."""
-        with self._lock:
-            if name in self._models or name in self._loading:
-                raise AlreadyLoaded(f"a model is loaded as {name!r}; unload it or use another id")
-            self._loading.add(name)
+        self._models.claim(name)
         started = time.perf_counter()
         hold: Hold | None = None
         try:
@@ -253,14 +236,11 @@ class Engine:
                 tell_finished=self._teller(RequestFinished),
             )
             model = Model(parts, self.unload, hold)
-            with self._lock:
-                is_open = not self._closed
-                if is_open:
-                    self._models[name] = model
-                    self._model_configs[name] = chosen
-            if not is_open:
+            try:
+                self._models.add(model, chosen)
+            except EngineClosed:
                 model.close()
-                raise EngineClosed("the engine was closed while the model was loading")
+                raise
             seconds = time.perf_counter() - started
             log.info("model.loaded", model=name, backend=chosen.backend, seconds=round(seconds, 3))
             if self._notifier.listens_to(ModelLoaded):
@@ -272,8 +252,7 @@ class Engine:
         else:
             return model
         finally:
-            with self._lock:
-                self._loading.discard(name)
+            self._models.unclaim(name)
 
     def _usable_tiers(self, model: ModelConfig, config: EngineConfig) -> list[str]:
         """The model's tiers that are open; one that was never configured is a mistake."""
@@ -300,7 +279,7 @@ class Engine:
         )
 
     def _begin_signature(self) -> RunningSignature:
-        key = self._signing_key  # which a reload may have changed
+        key = self._reloader.settings.signing_key  # which a reload may have changed
         return NoSignature() if key is None else key.begin()
 
     def model(self, model_id: str) -> Model:
@@ -309,16 +288,11 @@ class Engine:
 
     def unload(self, model: ModelRef) -> None:
         """End a model's requests with EngineClosed and free it. Unknown is a no-op."""
-        name = model if isinstance(model, str) else model.id
-        with self._lock:
-            found = self._models.get(name)
-            if found is None or (isinstance(model, Model) and found is not model):
-                return
-            del self._models[name]
-            self._model_configs.pop(name, None)
-            self._from_config.discard(name)
+        found = self._models.take(model)
+        if found is None:
+            return
         found.close()
-        log.info("model.unloaded", model=name)
+        log.info("model.unloaded", model=found.id)
 
     def _unload_if_idle(self, model: Model) -> bool:
         """Unload a model in which nothing runs or waits; whether it was."""
@@ -329,9 +303,7 @@ class Engine:
 
     def models(self) -> list[ModelInfo]:
         """Every loaded model."""
-        with self._lock:
-            loaded = list(self._models.values())
-        return [model.info() for model in loaded]
+        return [model.info() for model in self._models.all()]
 
     def phase(self, model: ModelRef) -> Phase:
         """What a model is doing, without waiting for it; an unknown one is idle."""
@@ -348,9 +320,7 @@ class Engine:
         if model is not None:
             found = self._find(model)
             return 0 if found is None else found.queue_depth()
-        with self._lock:
-            loaded = list(self._models.values())
-        return sum(one.queue_depth() for one in loaded)
+        return sum(one.queue_depth() for one in self._models.all())
 
     def last_cache_hit(self, model: ModelRef) -> CacheHit | None:
         """What the request found that a model admitted last; None before, or if unknown."""
@@ -358,8 +328,7 @@ class Engine:
         return None if found is None else found.last_cache_hit()
 
     def _find(self, model: ModelRef) -> Model | None:
-        with self._lock:
-            return self._models.get(model if isinstance(model, str) else model.id)
+        return self._models.find(model)
 
     def model_info(self, model: ModelRef) -> ModelInfo:
         """One loaded model. Raises ModelNotFound."""
@@ -457,8 +426,7 @@ class Engine:
         if isinstance(stream_or_request_id, Stream):
             stream_or_request_id.cancel()
             return
-        with self._lock:
-            loaded = list(self._models.values())
+        loaded = self._models.all()
         any(model.cancel(stream_or_request_id) for model in loaded)
 
     def tokenize(
@@ -522,7 +490,7 @@ class Engine:
 
     def verify_thinking(self, thinking: str | bytes, signature: bytes) -> bool:
         """Whether an engine with this one's key signed this thinking; False without a key."""
-        key = self._signing_key
+        key = self._reloader.settings.signing_key
         return key is not None and key.verify(thinking, signature)
 
     def embed(self, model: ModelRef, prompt: PromptLike) -> list[float]:
@@ -545,7 +513,7 @@ class Engine:
     @property
     def config(self) -> EngineConfig:
         """What holds: what the engine was made with, and what reloads have changed of it."""
-        return self._config
+        return self._reloader.settings.config
 
     def reload(self, source: ConfigSource | EngineConfig | None = None) -> Reloaded:
         """Read the configuration again, and take over what can change while the engine runs.
@@ -560,118 +528,8 @@ class Engine:
         has changed. Blocks while models are loaded; not for a signal handler to call, which
         has a thread do it. Calls take turns.
         """
-        with self._reloading:
-            self._check_open()
-            try:
-                plan, key = self._plan_reload(source)
-                with contextlib.ExitStack() as undo:
-                    for model_id in plan.added:
-                        self._load(model_id, plan.config.models[model_id], plan.config)
-                        undo.callback(self.unload, model_id)
-                    self._take_over(plan, key, undo)
-                    undo.pop_all()  # nothing failed, so nothing is taken back
-            except ErllamaError as error:
-                problems = error.problems if isinstance(error, ConfigError) else ()
-                log.warning(
-                    "config.reload_refused",
-                    error=type(error).__name__,
-                    problems=[problem.path for problem in problems],
-                )
-                raise
-            self._from_config.update(plan.added)
-            for model_id in plan.removed:
-                self.unload(model_id)
-            done = Reloaded(
-                changed=plan.changed, kept=plan.kept, loaded=plan.added, unloaded=plan.removed
-            )
-            log.info(
-                "config.reloaded",
-                changed=[change.path for change in done.changed],
-                kept=[kept.path for kept in done.kept],
-                loaded=done.loaded,
-                unloaded=done.unloaded,
-            )
-            return done
-
-    def _plan_reload(
-        self, source: ConfigSource | EngineConfig | None
-    ) -> tuple[Plan, SigningKey | None]:
-        if source is None:
-            source = self._source
-        if source is None:
-            raise ValueError("the engine was not made from a file: give reload a configuration")
-        if isinstance(source, EngineConfig):
-            wanted, name, problems = source, None, check_config(source, self.plugins, stores=False)
-        else:
-            found = examine_loaded(read_config(source), self.plugins, stores=False)
-            wanted, name, problems = found.config, found.source, list(found.problems)
-        for model_id in wanted.models:
-            if model_id in self._models and model_id not in self._from_config:
-                message = "the application has loaded a model under this id"
-                problems.append(ConfigProblem(dotted("models", [model_id]), message))
-        if problems:
-            raise ConfigError(problems, name)
-        opened = self._cache.tier_names()
-        with self._lock:
-            running = Running(
-                loaded=frozenset(self._models),
-                from_config=frozenset(self._from_config),
-                can_change_quota=lambda tier: tier in opened and self._cache.can_change_quota(tier),
-                logging_is_ours=logging_is_ours(),
-            )
-        plan = plan_reload(self._config, wanted, running, self.plugins)
-        # What is new may contradict what cannot change.
-        problems = plan.problems() + memory_problems(plan.config, self.plugins)
-        if problems:
-            raise ConfigError(problems, name)
-        key = read_signing_key(plan.config.engine)
-        return (plan if key == self._signing_key else plan.with_another_key()), key
-
-    def _take_over(self, plan: Plan, key: SigningKey | None, undo: contextlib.ExitStack) -> None:
-        """Let a plan hold, but for its models; ``undo`` takes back what was done until then."""
-        with self._lock:
-            before, own_key = self._config, self._signing_key
-            configs = dict(self._model_configs)
-            models = list(self._models.values())
-
-        def hold(config: EngineConfig, signing_key: SigningKey | None) -> None:
-            with self._lock:
-                self._config, self._signing_key = config, signing_key
-                for name in self._models.keys() & configs.keys():
-                    self._model_configs[name] = config.models.get(name, configs[name])
-
-        undo.callback(hold, before, own_key)
-        hold(plan.config, key)
-        for model in models:
-            own = configs[model.id]
-            old = before.policy_for(before.models.get(model.id, own))
-            new = plan.config.policy_for(plan.config.models.get(model.id, own))
-            if old != new:
-                undo.callback(model.set_policy, old)
-                model.set_policy(new)
-        self._follow_pressure(before.pressure, plan.config.pressure, undo)
-        if plan.config.logging != before.logging:
-            undo.callback(reconfigure_logging, before.logging)
-            reconfigure_logging(plan.config.logging)
-        for tier, (old_quota, new_quota) in plan.quotas.items():
-            undo.callback(self._cache.set_quota, tier, old_quota)
-            self._cache.set_quota(tier, new_quota)
-
-    def _follow_pressure(
-        self, old: PressureConfig, new: PressureConfig, undo: contextlib.ExitStack
-    ) -> None:
-        """Change of the monitor what the configuration changes; what calls changed, they keep."""
-        monitor = self._pressure
-        fields = attrs.asdict(new.thresholds)
-        changed = {name for name, value in fields.items() if value != getattr(old, name)}
-        if changed:
-            now = monitor.status().thresholds
-            undo.callback(monitor.set_thresholds, **{name: getattr(now, name) for name in changed})
-            monitor.set_thresholds(**{name: fields[name] for name in changed})
-        if new.enabled != old.enabled:
-            switch = {True: monitor.enable, False: monitor.disable}
-            undo.callback(switch[monitor.status().enabled])
-            switch[new.enabled]()
+        self._check_open()
+        return self._reloader.reload(source)
 
     def flush(self, timeout_s: float | None = None) -> bool:
         """Wait until the state of every answered request is in the tiers.
@@ -685,8 +543,7 @@ class Engine:
         def left() -> float | None:
             return None if deadline is None else max(0.0, deadline - time.monotonic())
 
-        with self._lock:
-            loaded = list(self._models.values())
+        loaded = self._models.all()
         return all(model.settle(left()) for model in loaded) and self._cache.flush(left())
 
     def close(self) -> None:
@@ -697,14 +554,11 @@ class Engine:
         """
         self._check_fork()
         with self._closing:
-            with self._lock:
-                self._closed = True
-                loaded = list(self._models.values())
+            loaded = self._models.close()
             self._pressure.close()
             for model in loaded:
                 model.close()
-            with self._lock:
-                self._models.clear()
+            self._models.clear()
             self._cache.close()
             self._notifier.close()
             atexit.unregister(self._at_exit)
@@ -719,16 +573,11 @@ class Engine:
         self._check_open()
         if isinstance(model, Model):
             return model
-        with self._lock:
-            found = self._models.get(model)
-            loaded = list(self._models)
-        if found is None:
-            raise ModelNotFound(unknown_name("model", model, loaded))
-        return found
+        return self._models.get(model)
 
     def _check_open(self) -> None:
         self._check_fork()
-        if self._closed:
+        if self._models.is_closed:
             raise EngineClosed("the engine is closed")
 
     def _check_fork(self) -> None:
@@ -748,11 +597,6 @@ def open_tier(plugins: PluginHost, config: TierConfig, *, path: str = "") -> Nam
     provider = plugins.get("tier", config.kind)
     options = structure_options(provider.config, config.options, path)
     return NamedTier(config.name, config.kind, provider.factory(options))
-
-
-def _lasting(source: ConfigSource) -> ConfigSource:
-    """A source that means the same later, wherever the process works then."""
-    return source if isinstance(source, Mapping) else Path(source).absolute()
 
 
 def _close_at_exit(engine: Engine, pid: int) -> None:

@@ -119,6 +119,13 @@ class Plan:
             ]
         return found
 
+    @property
+    def done(self) -> Reloaded:
+        """What was done once it is."""
+        return Reloaded(
+            changed=self.changed, kept=self.kept, loaded=self.added, unloaded=self.removed
+        )
+
     def with_another_key(self) -> Plan:
         """The same, where the signing key is another one, whether or not its place is."""
         if any(change.path.startswith("engine.thinking_signing_key") for change in self.changed):

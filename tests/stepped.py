@@ -40,6 +40,9 @@ def by_hand() -> Iterator[None]:
         runner.stop()
         heir = worker._serve(runner)
         worker._free(runner, heir)
+        worker._closed.set()
+        if worker._watchdog is not None:
+            worker._watchdog.join()
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Worker, "_launch", launch)
@@ -128,6 +131,12 @@ class Hand:
             taken += 1
             assert taken < most, "the worker goes on and on"
         return taken
+
+    def turns_of(self, count: int) -> None:
+        """That many turns, as far as there is something to do."""
+        for _ in range(count):
+            if not self.turn():
+                return
 
     def until(self, reached: Callable[[], bool], most: int = 10_000) -> None:
         """Turns until something is so."""

@@ -857,7 +857,7 @@ def run_machine(kv_class: str, *, unified: bool, examples: int, steps: int) -> N
 @MACHINES
 def test_callers_in_any_order(kv_class: str, unified: bool) -> None:
     """Each is answered once, with what it is told alone; the books are right after every turn."""
-    run_machine(kv_class, unified=unified, examples=6, steps=40)
+    run_machine(kv_class, unified=unified, examples=10, steps=50)
 
 
 @pytest.mark.fuzz

@@ -25,6 +25,7 @@ from erllama_core.errors import (
 from erllama_core.hookspecs import hookimpl
 from erllama_core.host import PluginHost
 from erllama_core.interfaces.stream import Channel, ProcessorRequest
+from erllama_core.model import admission
 from erllama_core.model.options import RequestOptions
 from erllama_core.model.request import Phase, Request
 from erllama_core.model.roster import Roster
@@ -55,6 +56,12 @@ def ends(stream: Stream) -> list[Any]:
     return [item for item in stream._events._items if isinstance(item, Done | Exception)]
 
 
+def told(stream: Stream) -> Completion:
+    """What a request came to, which must have been told by now."""
+    assert stream._stats or stream._error or ends(stream), "it was never answered"
+    return stream.result()
+
+
 def generated(hand: Hand, stream: Stream) -> int:
     [request] = [r for r in hand.worker._unfinished if r.id == stream.request_id]
     return len(request.generated)
@@ -70,10 +77,10 @@ def test_news_is_heard_between_any_two_tokens(engine: Engine) -> None:
     hand.until(lambda: generated(hand, first) > 3)
     second = model.infer("a second one", response_tokens=2)
     hand.turns_of(8)
-    assert len(second.result().generated) == 2
+    assert len(told(second).generated) == 2
     model.unload()
     with pytest.raises(EngineClosed):
-        first.result()
+        told(first)
 
 
 def test_who_waits_is_counted_while_a_step_runs() -> None:
@@ -169,10 +176,24 @@ def test_who_waits_when_a_context_is_given_up_is_served(engine: Engine, *, in_in
         hand.faults.in_step = hand.give_up
         hand.turns()
     with pytest.raises(DecodeTimeout):
-        running.result()
-    assert [len(stream.result().generated) for stream in waiting] == [3] * len(waiting)
+        told(running)
+    assert [len(told(stream).generated) for stream in waiting] == [3] * len(waiting)
     assert model._worker.quarantined == 1
     hand.checks()
+
+
+def test_what_a_lost_context_was_to_save_keeps_nobody_waiting(engine: Engine) -> None:
+    """``settle`` waits for a request's last token, and not for one that never comes."""
+    model, hand = load(engine)
+    stream = model.infer(LONG, response_tokens=3)
+    hand.until(lambda: bool(ends(stream)))
+    settled = threading.Event()
+    hand.runner.inbox.post(lambda runner: runner.wait_settled(settled))
+    hand.faults.in_step = hand.give_up
+    with capture_logs():
+        hand.turn()
+    assert settled.is_set()
+    assert [type(end) for end in ends(stream)] == [Done]
 
 
 def test_a_session_of_a_context_that_is_gone_has_no_cells_there(engine: Engine) -> None:
@@ -180,7 +201,7 @@ def test_a_session_of_a_context_that_is_gone_has_no_cells_there(engine: Engine) 
     model, hand = load(engine, context_opts={"n_seq_max": 2})
     first = model.infer(LONG, session_id="s", response_tokens=2)
     hand.turns()
-    turn = [*first.result().context_tokens, 65]
+    turn = [*told(first).context_tokens, 65]
     with capture_logs():
         others = [model.infer(f"{n} {LONG}", response_tokens=9) for n in range(2)]
         hand.until(lambda: generated(hand, others[1]) > 2)
@@ -189,7 +210,7 @@ def test_a_session_of_a_context_that_is_gone_has_no_cells_there(engine: Engine) 
         model.end_session("s")
         hand.faults.in_step = hand.give_up
         hand.turns()
-    assert second.result().generated == alone("span", turn, 3)
+    assert told(second).generated == alone("span", turn, 3)
     hand.checks()
 
 
@@ -237,17 +258,17 @@ def test_a_context_that_raises_where_it_must_not_is_replaced(engine: Engine, kv_
     with capture_logs() as logs:
         prompts = [f"{n} bottles stand on the wall of the house" for n in range(3)]
         streams = [model.infer(prompt, response_tokens=150) for prompt in prompts]
-        hand.until(lambda: hand.runner.stepper.preemptions > 0)
-        _break_once(hand.context, "drop")
+        hand.until(lambda: generated(hand, streams[1]) > 3)
+        _break_once(hand.context, "drop")  # which is next called to take somebody's cells
         hand.turns()
-        told = [ends(stream) for stream in streams]
-        assert [len(each) for each in told] == [1, 1, 1]
-        failed = [each[0] for each in told if isinstance(each[0], Exception)]
+        answers = [ends(stream) for stream in streams]
+        assert [len(each) for each in answers] == [1, 1, 1]
+        failed = [each[0] for each in answers if isinstance(each[0], Exception)]
         assert 0 < len(failed) < 3
         assert {type(error) for error in failed} == {PluginFailed}
         last = model.infer(LONG, response_tokens=3)
         hand.turns()
-    assert last.result().generated == alone(kv_class, LONG, 3)
+    assert told(last).generated == alone(kv_class, LONG, 3)
     assert [entry["event"] for entry in logs].count("context.lost") == 1
     hand.checks()
 
@@ -256,16 +277,12 @@ def test_a_context_that_never_worked_is_not_replaced_for_ever(engine: Engine) ->
     """A model whose contexts fail before they computed anything closes, and says why."""
     model, hand = load(engine)
     with capture_logs(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(StubContext, "length", _careless)
-        hand.faults.fail_step = True
+        patch.setattr(type(hand.runner.stepper), "step", _careless)
         streams = [model.infer(LONG, response_tokens=3) for _ in range(3)]
         hand.turns()
-        patch.setattr(type(hand.runner.stepper), "step", _careless)
-        later = model.infer(LONG, response_tokens=3)
-        hand.turns()
-        for stream in (*streams, later):
+        for stream in streams:
             with pytest.raises(PluginFailed):
-                stream.result()
+                told(stream)
         with pytest.raises(EngineClosed):
             model.infer(LONG)
 
@@ -313,11 +330,11 @@ def test_a_backend_that_always_aborts_does_not_hold_its_callers_for_ever(engine:
     stream = model.infer(LONG, response_tokens=3)
     hand.turns(100)
     with pytest.raises(DecodeAborted):
-        stream.result()
+        told(stream)
     hand.faults.in_step = hand.context.abort
     again = model.infer(LONG, response_tokens=3)
     hand.turns(100)
-    assert len(again.result().generated) == 3
+    assert len(told(again).generated) == 3
 
 
 # ------------------------------------------------------------------------- answers
@@ -340,7 +357,7 @@ def test_a_reset_ends_nobody_else(engine: Engine) -> None:
     model, hand = load(engine, context_opts={"n_seq_max": 1})
     first = model.infer(LONG, session_id="s", response_tokens=2)
     hand.turns()
-    turn = [*first.result().context_tokens, 65]
+    turn = [*told(first).context_tokens, 65]
     second = model.infer(turn, session_id="s", response_tokens=2)
     other = model.infer("somebody else", response_tokens=8)
     [request] = [r for r in hand.worker._unfinished if r.id == second.request_id]
@@ -350,8 +367,8 @@ def test_a_reset_ends_nobody_else(engine: Engine) -> None:
     hand.until(lambda: request.phase is Phase.ENDED)
     hand.runner.inbox.post(lambda runner: runner.reset_session(session))
     hand.turns()
-    assert len(second.result().generated) == 2
-    assert len(other.result().generated) == 8
+    assert len(told(second).generated) == 2
+    assert len(told(other).generated) == 8
 
 
 @pytest.mark.parametrize("late", ["end", "reset"])
@@ -360,12 +377,12 @@ def test_news_of_a_session_that_comes_late(engine: Engine, late: str) -> None:
     model, hand = load(engine, context_opts={"n_seq_max": 1})
     first = model.infer(LONG, session_id="old", response_tokens=2)
     hand.turns()
-    done = first.result()
+    done = told(first)
     session = hand.worker._sessions.remove("old")
     assert session is not None
     second = model.infer([*done.context_tokens, 66], session_id="new", response_tokens=2)
     hand.turns()
-    done = second.result()
+    done = told(second)
     if late == "end":
         hand.runner.end_session(session)
     else:
@@ -373,7 +390,7 @@ def test_news_of_a_session_that_comes_late(engine: Engine, late: str) -> None:
     assert model.info().pinned_idle_seqs == 1
     third = model.infer([*done.context_tokens, 67], session_id="new", response_tokens=2)
     hand.turns()
-    assert third.result().cache_hit_kind == "sticky"
+    assert told(third).cache_hit_kind == "sticky"
 
 
 @pytest.mark.parametrize("kv_class", KV_CLASSES)
@@ -385,7 +402,7 @@ def test_who_ends_while_its_state_is_read(kv_class: str, how: str) -> None:
         model, hand = load(engine, kv_class=kv_class, tier=["held"])
         first = model.infer(LONG, session_id="s", response_tokens=3)
         hand.turns()
-        done = first.result()
+        done = told(first)
         assert engine.cache.flush(10)
         held.reads.clear()
         hand.reads_held = True
@@ -404,17 +421,17 @@ def test_who_ends_while_its_state_is_read(kv_class: str, how: str) -> None:
         hand.reads_held = False
         hand.turns()
         if how == "cancel":
-            ended: Completion | None = stream.result()
+            ended: Completion | None = told(stream)
         else:
             with pytest.raises(TimeoutExceeded) as caught:
-                stream.result()
+                told(stream)
             ended = caught.value.partial
         assert ended is not None
         assert ended.context_tokens == done.context_tokens
         assert ended.committed_tokens == done.committed_tokens
         again = model.continue_session([65], session_id="s", response_tokens=3)
         hand.turns()
-        assert again.result().cache_hit_kind == "continuation"
+        assert told(again).cache_hit_kind == "continuation"
         hand.checks()
 
 
@@ -447,10 +464,11 @@ def test_a_plugin_that_wants_to_leave_ends_its_request_alone() -> None:
     plugin = Plugin()
     host = PluginHost()
     host.register(plugin)
-    with capture_logs(), Engine(plugins=host) as engine:
+    with capture_logs() as logs, Engine(plugins=host) as engine:
         model = engine.load_model(backend="stub", processors=["leaving"])
         with pytest.raises(PluginFailed):
             model.complete(LONG, response_tokens=3)
+        assert not [entry for entry in logs if entry["event"] == "context.lost"]
         plugin.leaves = False
         assert len(model.complete(LONG, response_tokens=3).generated) == 3
 
@@ -461,9 +479,9 @@ def test_time_in_the_queue_is_told_of_who_never_left_it(engine: Engine) -> None:
     running = model.infer(LONG, response_tokens=5)
     waiting = model.infer(LONG, response_tokens=5, timeout_s=0.0)
     hand.turns()
-    assert len(running.result().generated) == 5
+    assert len(told(running).generated) == 5
     with pytest.raises(TimeoutExceeded) as caught:
-        waiting.result()
+        told(waiting)
     assert caught.value.stats.queue_s > 0.0
 
 
@@ -471,8 +489,11 @@ def test_time_in_the_queue_is_told_of_who_never_left_it(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("kv_class", KV_CLASSES)
-def test_an_answer_is_no_reason_to_fail_the_others(engine: Engine, kv_class: str) -> None:
+def test_an_answer_is_no_reason_to_fail_the_others(
+    engine: Engine, kv_class: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Cells run out just when a request is answered whose last token is not computed yet."""
+    monkeypatch.setattr(admission, "_HEADROOM", 8)
     model, hand = load(engine, kv_class=kv_class, context_opts={"n_ctx": 112, "n_seq_max": 2})
     # 16 tokens each; after 40 more all cells are taken, and each wants one more.
     first = model.infer("a bell for the m", response_tokens=60)
@@ -482,7 +503,7 @@ def test_an_answer_is_no_reason_to_fail_the_others(engine: Engine, kv_class: str
         (first, "a bell for the m", 60),
         (second, "b bell for the n", 41),
     ):
-        assert stream.result().generated == alone(kv_class, prompt, count)
+        assert told(stream).generated == alone(kv_class, prompt, count)
     hand.checks()
 
 
@@ -527,7 +548,7 @@ def test_residents_that_share_cells_are_bounded_too(engine: Engine, *, unified: 
     streams = [model.infer(f"{LONG}{n}", response_tokens=2) for n in range(4)]
     hand.turns()
     for stream in streams:
-        stream.result()
+        told(stream)
     pool = hand.runner.pool
     held = sum(map(len, (set(s.cells) for s in hand.context._sequences)))
     if unified:
@@ -560,32 +581,33 @@ def test_a_share_that_raises_is_computed_instead(
 
 
 @pytest.mark.parametrize("kv_class", ["span", "checkpoint"])
-def test_who_is_left_by_a_failing_leader_gets_nothing_that_is_gone(
+def test_who_is_left_by_a_failing_leader_shares_nothing_that_is_gone(
     engine: Engine, kv_class: str
 ) -> None:
-    """A step fails of a leader and of somebody else from whom its follower could share."""
+    """A step fails of a leader and of a third one, whose state its follower would begin with."""
     model, hand = load(
         engine,
         kv_class=kv_class,
         tier=[],
-        context_opts={"n_seq_max": 3, "n_batch": 64},
+        context_opts={"n_seq_max": 3},
         policy={"prefill_chunk_size": 8},
     )
-    replying = model.infer(LONG, response_tokens=60)
-    hand.until(lambda: generated(hand, replying) == 20)
-    [request] = hand.worker._unfinished
-    # It goes on as the other one has begun, which the follower's prompt begins with as well.
-    beginning = [*request.context_tokens]
-    leader = model.infer([*beginning[:10], *range(70, 120)], response_tokens=4)
-    follower = model.infer([*beginning[:10], *range(70, 119), 33], response_tokens=4)
+    leader = model.infer(f"{LONG}leads", response_tokens=4)
+    follower = model.infer(f"{LONG}follows", response_tokens=4)
+    third = model.infer(f"{LONG[:20]}{LONG[::-1]}", response_tokens=4)
     hand.turns_of(2)
+    assert [r.phase.name for r in hand.runner.roster.active] == [
+        "PREFILLING",
+        "FOLLOWING",
+        "PREFILLING",
+    ]
     hand.faults.fail_step = True
-    with capture_logs():
+    with capture_logs() as logs:
         hand.turns()
-    for stream in (replying, leader):
+    assert not [entry for entry in logs if entry["event"] == "share.refused"]
+    for stream in (leader, third):
         assert [type(end).__name__ for end in ends(stream)] == ["DecodeFailed"]
-    expected = alone(kv_class, [*beginning[:10], *range(70, 119), 33], 4)
-    assert follower.result().generated == expected
+    assert told(follower).generated == alone(kv_class, f"{LONG}follows", 4)
     hand.checks()
 
 
@@ -619,13 +641,13 @@ def test_a_resident_whose_state_was_evicted_is_saved_again(engine: Engine, kv_cl
     )
     first = model.infer(LONG, response_tokens=5)
     hand.turns()
-    done = first.result()
+    done = told(first)
     assert engine.cache.flush(10)
     engine.cache.gc()
     for prompt in ("somebody else altogether", [*done.context_tokens, 65]):
         stream = model.infer(prompt, response_tokens=1)
         hand.turns()
-    assert stream.result().cache_delta.read == done.committed_tokens
+    assert told(stream).cache_delta.read == done.committed_tokens
 
 
 @pytest.mark.parametrize("kv_class", KV_CLASSES)
@@ -640,7 +662,7 @@ def test_what_found_no_room_is_saved_at_the_latest_when_the_model_is_closed(kv_c
         held.writes.clear()
         stream = model.infer(LONG, response_tokens=50)
         hand.turns()
-        done = stream.result()
+        done = told(stream)
         assert engine.cache.counters().saves_dropped > 0
         held.writes.set()
     with engine_with({"held": held}) as engine:
@@ -657,7 +679,7 @@ def test_state_that_an_abort_took_is_no_hit(engine: Engine, kv_class: str) -> No
     hand.turns_of(3)
     hand.faults.in_step = hand.context.abort
     hand.turns()
-    done = stream.result()
+    done = told(stream)
     assert (done.cache_hit_kind, done.cache_delta.read) == ("cold", 0)
     assert done.generated == alone(kv_class, LONG * 2, 4)
     counters = engine.cache.counters()
@@ -670,17 +692,17 @@ def test_a_sticky_turn_that_gives_way_was_sticky(engine: Engine, kv_class: str) 
     model, hand = load(engine, kv_class=kv_class, context_opts={"n_ctx": 200, "n_seq_max": 2})
     first = model.infer("a bell for the moon", session_id="s", response_tokens=5)
     hand.turns()
-    before = first.result()
+    before = told(first)
     other = model.infer("b bell for the sun", response_tokens=150)
     hand.turns_of(3)
     turn = model.continue_session([65], session_id="s", response_tokens=100)
     hand.turns()
     assert hand.runner.stepper.preemptions > 0
-    assert len(other.result().generated) == 150
-    done = turn.result()
+    assert len(told(other).generated) == 150
+    done = told(turn)
     assert (done.cache_hit_kind, done.cache_delta.read) == ("continuation", before.committed_tokens)
     reset = model.infer(LONG, session_id="s", response_tokens=100)
     hand.turns_of(2)
     assert hand.during(lambda: model.reset_session("s"))
     with pytest.raises(EngineReset):
-        reset.result()
+        told(reset)

@@ -196,21 +196,31 @@ def test_what_a_lost_context_was_to_save_keeps_nobody_waiting(engine: Engine) ->
     assert [type(end) for end in ends(stream)] == [Done]
 
 
-def test_a_session_of_a_context_that_is_gone_has_no_cells_there(engine: Engine) -> None:
-    """A turn that waits, of a session that was ended meanwhile, goes on in the new context."""
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_session_of_a_context_that_is_gone_has_no_cells_there(
+    engine: Engine, *, ended: bool
+) -> None:
+    """A turn that waits goes on in the new context, also of a session that was ended meanwhile."""
     model, hand = load(engine, context_opts={"n_seq_max": 2})
     first = model.infer(LONG, session_id="s", response_tokens=2)
     hand.turns()
     turn = [*told(first).context_tokens, 65]
+    other = model.infer("somebody else", response_tokens=9)
+    seconds: list[Stream] = []
+
+    def hang() -> None:
+        assert model.info().pinned_idle_seqs == 1
+        seconds.append(model.infer(turn, session_id="s", response_tokens=3))
+        if ended:
+            hand.worker._sessions.remove("s")  # what its end does first, on another thread
+        hand.give_up()
+
+    hand.turns_of(2)
+    hand.faults.in_step = hang
     with capture_logs():
-        others = [model.infer(f"{n} {LONG}", response_tokens=9) for n in range(2)]
-        hand.until(lambda: generated(hand, others[1]) > 2)
-        second = model.infer(turn, session_id="s", response_tokens=3)
-        hand.turn()
-        model.end_session("s")
-        hand.faults.in_step = hand.give_up
         hand.turns()
-    assert told(second).generated == alone("span", turn, 3)
+    assert [type(end) for end in ends(other)] == [DecodeTimeout]
+    assert told(seconds[0]).generated == alone("span", turn, 3)
     hand.checks()
 
 
@@ -505,6 +515,35 @@ def test_an_answer_is_no_reason_to_fail_the_others(
     ):
         assert told(stream).generated == alone(kv_class, prompt, count)
     hand.checks()
+
+
+@pytest.mark.parametrize("kv_class", KV_CLASSES)
+def test_who_waits_for_a_read_gives_its_cells_when_there_are_no_others(kv_class: str) -> None:
+    """Its context is at hand, its logits are not; others need the cells, and later it goes on."""
+    held = HeldTier()
+    with by_hand(), engine_with({"held": held}) as engine:
+        model, hand = load(
+            engine,
+            kv_class=kv_class,
+            tier=["held"],
+            context_opts={"n_ctx": 160, "n_seq_max": 2},
+        )
+        first = model.infer(LONG[:60], session_id="s", response_tokens=3)
+        hand.turns()
+        before = told(first)
+        assert engine.cache.flush(10)
+        other = model.infer("they need more and more", response_tokens=120)
+        hand.turns_of(2)
+        held.reads.clear()
+        hand.reads_held = True
+        again = model.continue_session([], session_id="s", response_tokens=3)
+        hand.turns()
+        assert len(told(other).generated) == 120
+        assert not ends(again)
+        held.reads.set()
+        hand.reads_held = False
+        hand.turns()
+        assert told(again).generated == alone(kv_class, before.context_tokens, 3)
 
 
 def test_those_that_gave_way_come_back_in_their_order() -> None:

@@ -4,7 +4,10 @@
 #   make test    what must pass before a change is accepted
 #   make fast    the same without a model
 #   make long    what takes half an hour: random crashes, property runs and soaks
+#   make bench-grammar  decoding under a JSON grammar, beside decoding without one
+#   make bench-serving  many requests at once, beside a bare loop and llama-server
 #   make bench-cache    the cache's figures beside their targets; TRACE=file replays another trace
+#   make docs    the documentation as a site, in site/
 #
 # Each sets .venv up first; make PYTHON=python3.12 chooses the interpreter it is made with.
 
@@ -18,7 +21,7 @@ space := $(empty) $(empty)
 export MYPYPATH := $(subst $(space),:,$(strip $(PLUGINS) tests bench))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test fast long bench-cache lint types clean
+.PHONY: help setup demo test fast long bench-cache bench-grammar bench-serving docs lint types clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -36,13 +39,28 @@ test: lint types
 	$(BIN)/pytest -m "not (crash or fuzz or soak)"
 
 fast: lint types
-	$(BIN)/pytest -m "not (crash or fuzz or soak or real_model)"
+	$(BIN)/pytest -m "not (crash or fuzz or soak or real_model or packaging)"
 
 long: setup
 	$(BIN)/pytest -m "crash or fuzz or soak"
 
+bench-serving: setup .venv-peers/.ready
+	$(BIN)/python bench/serving.py
+
+.venv-peers/.ready: bench/peers.txt
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check -r bench/peers.txt
+	@touch $@
+
+bench-grammar: setup
+	$(BIN)/python bench/grammar.py
+
 bench-cache: setup
 	$(BIN)/python bench/cache.py $(if $(TRACE),--trace $(TRACE))
+
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "erllama: see site/index.html"
 
 lint: setup
 	$(BIN)/ruff check .
@@ -56,4 +74,4 @@ types: setup
 	    test ! -d $$plugin/tests || $(BIN)/mypy $$plugin/tests; done
 
 clean:
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv site .mypy_cache .pytest_cache .ruff_cache .hypothesis

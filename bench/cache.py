@@ -19,7 +19,8 @@ import cache_restore
 import cache_startup
 import cache_storage
 import cache_trace
-from cache_report import QUICK, Figure, Sizes
+from cache_sizes import QUICK, Sizes
+from figure import Figure
 
 from erllama_core.cli.demo_model import fetch_demo_model
 from erllama_core.cli.logs import configure_logs

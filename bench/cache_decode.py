@@ -6,7 +6,8 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from cache_report import Figure, Sizes
+from cache_sizes import Sizes
+from figure import Figure
 
 from erllama_core import Engine, Model, load_config
 

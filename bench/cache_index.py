@@ -12,7 +12,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Final
 
-from cache_report import Figure, Sizes
+from cache_sizes import Sizes
+from figure import Figure
 
 from erllama_core import Cache, NamedTier
 from erllama_core.cache.index import Copy, Entry

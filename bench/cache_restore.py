@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 from typing import Final
 
-from cache_report import Figure, Sizes, median_of
+from cache_sizes import Sizes
+from figure import Figure, median_of
 
 from erllama_core import Cache, NamedTier
 from erllama_core.cache.loader import Fetch

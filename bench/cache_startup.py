@@ -8,7 +8,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from cache_report import Figure, Sizes, median_of
+from cache_sizes import Sizes
+from figure import Figure, median_of
 
 from erllama_core import Cache, Engine, Model, NamedTier, load_config
 from erllama_core.cache.keys import ContextKeys

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 
-from cache_report import Figure, Sizes
+from cache_sizes import Sizes
+from figure import Figure
 
 from erllama_core import Engine, load_config
 from erllama_core.cache.keys import ContextKeys

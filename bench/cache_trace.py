@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Final
 
 import attrs
-from cache_report import Figure, Sizes
+from cache_sizes import Sizes
+from figure import Figure
 
 from erllama_core import Cache, NamedTier
 from erllama_core.cache.index import Entry

@@ -1,5 +1,6 @@
 """Run GGUF models through llama.cpp and never compute the same prompt prefix twice."""
 
+from erllama_core.cache.budget import MemoryUse
 from erllama_core.cache.cache import Cache
 from erllama_core.cache.catalog import Evicted
 from erllama_core.cache.counters import Counters
@@ -9,7 +10,7 @@ from erllama_core.cache.policy import SavePolicy
 from erllama_core.cache.report import Row, Usage
 from erllama_core.cache.tiers import NamedTier
 from erllama_core.config import EngineConfig, ModelConfig, TierConfig, load_config
-from erllama_core.engine import AsyncEngine, Engine, open_tier
+from erllama_core.engine import AsyncEngine, Engine, Reloaded, open_tier
 from erllama_core.host import PluginHost
 from erllama_core.interfaces.stream import (
     Done,
@@ -20,20 +21,25 @@ from erllama_core.interfaces.stream import (
     ToolCallEnd,
 )
 from erllama_core.model.model import Model
+from erllama_core.pressure.status import PressureStatus
 from erllama_core.prompt import Prompt
 from erllama_core.results import (
+    AdapterInfo,
     CacheDelta,
     CacheHit,
     CacheKey,
     Completion,
     Explanation,
     ModelInfo,
+    Replay,
     Stats,
+    TokenLogprob,
 )
 from erllama_core.signing import verify_thinking
 from erllama_core.stream.stream import Stream
 
 __all__ = [
+    "AdapterInfo",
     "AsyncEngine",
     "BlockMeta",
     "Cache",
@@ -47,13 +53,17 @@ __all__ = [
     "EngineConfig",
     "Evicted",
     "Explanation",
+    "MemoryUse",
     "Model",
     "ModelConfig",
     "ModelInfo",
     "NamedTier",
     "Pinned",
     "PluginHost",
+    "PressureStatus",
     "Prompt",
+    "Reloaded",
+    "Replay",
     "Row",
     "SavePolicy",
     "Stats",
@@ -62,6 +72,7 @@ __all__ = [
     "ThinkingDelta",
     "ThinkingEnd",
     "TierConfig",
+    "TokenLogprob",
     "ToolCallDelta",
     "ToolCallEnd",
     "Usage",

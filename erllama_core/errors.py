@@ -11,12 +11,16 @@
     │   └── PluginDuplicate               two plugins claim one name
     ├── ModelError
     │   ├── ModelNotFound (LookupError)   no model is loaded under that id
-    │   ├── AlreadyLoaded                 a model is loaded under that id
-    │   └── ModelLoadError                the backend refused the model
+    │   ├── AlreadyLoaded                 a model or an adapter has that name already
+    │   ├── ModelLoadError                the backend refused the model
+    │   │   └── AdapterLoadError          it refused an adapter of the model
+    │   ├── AdapterNotFound (LookupError) the model has no adapter of that name
+    │   └── AdapterTimeout (TimeoutError) requests did not end in time for a change of adapters
     ├── RequestError
     │   ├── InvalidPrompt (ValueError)    no tokens, or ids outside the vocabulary
     │   ├── PromptTooLong (ValueError)    the prompt does not fit the context
     │   ├── TemplateError (ValueError)    the chat template refused the messages
+    │   ├── InvalidGrammar (ValueError)   a grammar or a JSON schema cannot be followed
     │   ├── SeqCapacity                   all sequences are in use
     │   ├── TimeoutExceeded (TimeoutError)  it took longer than it was given
     │   └── NotSupported                  this backend cannot do it
@@ -34,6 +38,7 @@
     └── CacheError
         ├── TierError                     a tier could not read or write
         │   └── TierFull                  its quota or its device is full
+        ├── MemoryBudgetExceeded (MemoryError)  the engine's memory budget has no room
         ├── CorruptBlock                  a stored object is not what it claims
         │   └── UnknownFormat             it is of a format version that is not read here
         └── BlockNotFound (LookupError)   the object is not in that tier
@@ -134,7 +139,7 @@ class ModelNotFound(ModelError, LookupError):
 
 
 class AlreadyLoaded(ModelError):
-    """A model is loaded under that id."""
+    """A model is loaded under that id, or an adapter of the model under that name."""
 
 
 class ModelLoadError(ModelError):
@@ -143,6 +148,18 @@ class ModelLoadError(ModelError):
     def __init__(self, message: str, *, reason: str | None = None) -> None:
         self.reason = reason
         super().__init__(f"{message}: {reason}" if reason else message)
+
+
+class AdapterLoadError(ModelLoadError):
+    """The adapter could not be loaded: it is damaged, no adapter, or not for this model."""
+
+
+class AdapterNotFound(ModelError, LookupError):
+    """The model has no adapter of that name."""
+
+
+class AdapterTimeout(ModelError, TimeoutError):
+    """Running requests did not end in time for a change of adapters; nothing was changed."""
 
 
 # -------------------------------------------------------------------- requests
@@ -169,8 +186,52 @@ class PromptTooLong(RequestError, ValueError):
         )
 
 
+class TextTooLong(PromptTooLong):
+    """The text has more tokens than can be embedded at once."""
+
+    def __init__(self, prompt_tokens: int, limit_tokens: int) -> None:
+        super().__init__(prompt_tokens, limit_tokens)
+        message = (
+            f"the text has {prompt_tokens} tokens; {limit_tokens} at most can be embedded. Embed "
+            f"it in parts, or load the model with a larger context_opts.n_ctx, if it was trained "
+            f"for that."
+        )
+        self.args = (message,)
+
+
 class TemplateError(RequestError, ValueError):
-    """The chat template is missing, broken, or refused the messages."""
+    """The chat template is missing, broken, refused the messages, or would use up too much."""
+
+
+class InvalidGrammar(RequestError, ValueError):
+    """A grammar, or a JSON schema, is wrong or cannot be followed; the attributes say where."""
+
+    def __init__(
+        self,
+        problem: str,
+        *,
+        line: int | None = None,
+        column: int | None = None,
+        excerpt: str | None = None,
+        path: str | None = None,
+    ) -> None:
+        self.problem = problem
+        """What is wrong, without the place."""
+        self.line = line
+        """Of the GBNF, from 1; None where the mistake is at no one place."""
+        self.column = column
+        """Characters into the line, from 1."""
+        self.excerpt = excerpt
+        """The GBNF from there on; empty at its end."""
+        self.path = path
+        """Within a JSON schema: ``#`` is the schema itself, ``#/properties/age`` a part of it."""
+        place = ""
+        if path is not None:
+            place = f"json_schema, {path}: "
+        elif line is not None:
+            place = f"grammar, line {line}, column {column}: "
+        found = f", at {excerpt!r}" if excerpt else ""
+        super().__init__(f"{place}{problem}{found}")
 
 
 class SeqCapacity(RequestError):
@@ -268,6 +329,10 @@ class TierError(CacheError):
 
 class TierFull(TierError):
     """The tier's quota, or the device below it, has no room for the object."""
+
+
+class MemoryBudgetExceeded(CacheError, MemoryError):
+    """The engine's ``memory_budget_bytes`` has no room for it; nothing was allocated."""
 
 
 class CorruptBlock(CacheError):

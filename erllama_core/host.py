@@ -133,6 +133,18 @@ class PluginHost:
         provider: Provider = self.registry.get(kind, name)
         return provider
 
+    def installed(self) -> frozenset[str]:
+        """Names by which ``allow`` and ``block`` can mean a plugin that is here, normalised."""
+        registry = self.registry
+        origins = [claim.origin for claim in registry.claims()]
+        origins += [failure.origin for failure in registry.failures]
+        origins += [blocked.origin for blocked in registry.blocked]
+        with self._lock:
+            origins += [origin for found in self._listeners.values() for origin, _ in found]
+        names = {origin.plugin for origin in origins}
+        names |= {origin.distribution for origin in origins if origin.distribution is not None}
+        return frozenset(map(normalise, names))
+
     @property
     def listeners(self) -> dict[str, tuple[telemetry.Listener, ...]]:
         """Who wants to be told of what, by the name of the hook."""

@@ -52,13 +52,17 @@ class Prompt(Sequence[int]):
     """The ids as little-endian u32."""
     text: str | None
     """What was tokenised, or None when the prompt was given as ids."""
+    opening_tokens: int = 0
+    """How many tokens at its end open the reply, as a chat's template does; 0: not known."""
 
     def __init__(self, tokens: Iterable[int], text: str | None = None) -> None:
         packed = tokens.packed if isinstance(tokens, Prompt) else pack(tokens)
         self.__attrs_init__(packed, text)
 
     @classmethod
-    def from_packed(cls, packed: bytes | memoryview, text: str | None = None) -> Self:
+    def from_packed(
+        cls, packed: bytes | memoryview, text: str | None = None, *, opening_tokens: int = 0
+    ) -> Self:
         """A prompt of tokens that are packed already, little-endian u32.
 
         Raises ValueError when the length is no multiple of four bytes.
@@ -68,7 +72,7 @@ class Prompt(Sequence[int]):
         if len(packed) % TOKEN_BYTES:
             raise ValueError(f"{len(packed)} bytes are not packed u32 tokens")
         prompt = cls.__new__(cls)
-        prompt.__attrs_init__(packed, text)
+        prompt.__attrs_init__(packed, text, opening_tokens)
         return prompt
 
     def __len__(self) -> int:

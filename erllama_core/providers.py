@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NewType
 
 import attrs
 
-from erllama_core.interfaces.backend import BackendModel, BackendRequest
+from erllama_core.interfaces.backend import BackendModel, BackendRequest, MemoryEstimate
 from erllama_core.interfaces.pressure import PressureSource
 from erllama_core.interfaces.stream import ProcessorRequest, StreamProcessor
 from erllama_core.interfaces.tier import Tier
@@ -39,6 +39,15 @@ def always_available() -> Available:
     return Available()
 
 
+Problems = Iterable[tuple[str, str]]
+"""A key, dotted where it is nested, and what is wrong with its value."""
+
+
+def nothing_wrong(_: Any) -> Problems:
+    """The check of a provider whose options are right when they are of the right types."""
+    return ()
+
+
 @attrs.frozen
 class NoOptions:
     """The configuration of a provider that has none."""
@@ -48,7 +57,13 @@ class NoOptions:
 class BackendProvider:
     """A way to run models. ``factory`` may take long; it runs on the loading thread.
 
-    ``config`` is an attrs class, structured by the core from a model's ``model_opts``.
+    ``config`` is an attrs class, structured by the core from a model's ``model_opts``. ``check``
+    says what ``factory`` would refuse, as far as that can be told quickly: it loads no weights
+    and changes nothing. Its keys are those of the model's table: ``"model_path"``,
+    ``"context_opts.n_ctx"``. ``estimate`` says what ``factory`` and ``open_context`` would
+    allocate for the same request, and allocates no such thing itself; it is asked where the
+    engine has a memory budget. Without it, or where it gives None, only the size of the model's
+    files is known.
     """
 
     name: str
@@ -56,6 +71,8 @@ class BackendProvider:
     factory: Callable[[BackendRequest], BackendModel]
     config: type[Any] = NoOptions
     probe: Probe = always_available
+    check: Callable[[BackendRequest], Problems] = nothing_wrong
+    estimate: Callable[[BackendRequest], MemoryEstimate | None] | None = None
 
 
 @attrs.frozen
@@ -63,7 +80,8 @@ class TierProvider:
     """A kind of tier. ``factory`` opens the store.
 
     ``config`` is structured from the keys of a ``[[tiers]]`` table other than ``name`` and
-    ``kind``, and given to ``factory``.
+    ``kind``, and given to ``factory``. ``check`` gets it too, and says why the store cannot be
+    opened; it creates and changes nothing. Its keys are those of ``config``.
     """
 
     name: str
@@ -71,6 +89,7 @@ class TierProvider:
     factory: Callable[[Any], Tier]
     config: type[Any] = NoOptions
     probe: Probe = always_available
+    check: Callable[[Any], Problems] = nothing_wrong
 
 
 @attrs.frozen

@@ -55,7 +55,9 @@ OFFICIAL: Final[dict[tuple[ProviderKind, str], str]] = {
     ("backend", "stub"): "erllama-backend-stub",
     ("tier", "disk"): "erllama-tier-disk",
     ("tier", "ram_file"): "erllama-tier-disk",
+    ("tier", "redis"): "erllama-tier-redis",
     ("pressure", "system"): "erllama-pressure-system",
+    ("pressure", "psi"): "erllama-pressure-system",
     ("pressure", "nvidia"): "erllama-pressure-nvidia",
 }
 """The distribution to install for a name that this project provides outside the core."""
@@ -200,13 +202,17 @@ class Registry:
         Raises PluginMissing, PluginFailed (the plugin that would provide it failed),
         PluginDuplicate, or PluginUnavailable (its probe says so).
         """
-        provider = _resolve(kind, name) if ":" in name else self._registered(kind, name)
+        provider = self.find(kind, name)
         answer = self.probe(kind, name, provider)
         if isinstance(answer, Unavailable):
             raise PluginUnavailable(
                 f"the {_WORDS[kind]} {name!r} cannot be used on this machine: {answer.reason}"
             )
         return provider
+
+    def find(self, kind: ProviderKind, name: str) -> Provider:
+        """As :meth:`get`, whether or not it works on this machine: its probe is not asked."""
+        return _resolve(kind, name) if ":" in name else self._registered(kind, name)
 
     def probe(self, kind: ProviderKind, name: str, provider: Provider) -> Available | Unavailable:
         """The answer of the provider's probe, which runs once. Never raises."""
@@ -323,9 +329,11 @@ def record_problem(provider: Provider) -> str | None:
     summary: object = provider.summary
     if not isinstance(summary, str):
         return f"{name!r}: its summary is a {type(summary).__name__}, not text"
-    for field in ("factory", "probe"):
+    for field in ("factory", "probe", "check", "estimate"):
+        if not hasattr(provider, field):
+            continue  # only some records have the last two
         value: object = getattr(provider, field)
-        if not callable(value):
+        if not callable(value) and not (field == "estimate" and value is None):
             return f"{name!r}: its {field} is a {type(value).__name__}, which cannot be called"
     config: object = provider.config
     if not isinstance(config, type) or not attrs.has(config):

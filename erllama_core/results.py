@@ -71,6 +71,23 @@ class Explanation:
 
 
 @attrs.frozen
+class TokenLogprob:
+    """How likely the model took a token to be, out of its whole vocabulary.
+
+    By the model's logits as they are: before temperature, penalties, and any grammar. In a stream
+    it comes as an event, before those of the token's text.
+    """
+
+    token: int
+    data: bytes
+    """The token's own bytes."""
+    logprob: float
+    """The natural logarithm of its probability."""
+    top: tuple[TokenLogprob, ...] = ()
+    """The most likely tokens at its place, in order; as many as were asked for."""
+
+
+@attrs.frozen
 class Stats:
     """How a request went. Durations are seconds; tokens are counts.
 
@@ -103,6 +120,10 @@ class Stats:
     """From the first token to the end of generation."""
     stop_sequence: str | None = None
     """The stop sequence that ended the reply."""
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    """One for each token of ``generated``, for a request with ``logprobs``."""
+    grammar_rejections: int = 0
+    """Tokens that were drawn and did not fit the request's grammar, so that others came."""
     explain: Explanation | None = None
     """For a request with ``explain=True``."""
 
@@ -128,6 +149,22 @@ class Completion:
     """Of all thinking of the reply; empty without thinking, or without a key."""
     tool_calls: tuple[bytes, ...] = ()
     """Exactly as the model wrote them."""
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    """One for each token of ``generated``, for a request with ``logprobs``."""
+
+
+@attrs.frozen(kw_only=True)
+class Replay:
+    """A turn of a model that is kept under an id, to be put into a later prompt unchanged."""
+
+    generated: tuple[int, ...]
+    """Every token that was drawn."""
+    data: bytes
+    """Their bytes: thinking and tool calls with their markers, and the text between."""
+    reply: str
+    """The text alone, as :class:`Completion` had it."""
+    prompt_end: tuple[int, ...]
+    """The last tokens of the prompt that it answered."""
 
 
 @attrs.frozen
@@ -141,6 +178,19 @@ class Prefill:
     cache_delta: CacheDelta
     is_pinned: bool = False
     """Whether a tier keeps it, as ``pin=True`` asks; False where nothing was saved, too."""
+
+
+@attrs.frozen(kw_only=True)
+class AdapterInfo:
+    """A LoRA adapter of a model."""
+
+    name: str
+    path: str
+    """The file, as it was given."""
+    scale: float
+    """The factor of what it adds to the weights: 1.0 as it was trained, 0.0 no effect."""
+    fingerprint: str
+    """SHA-256 of the file, hexadecimal."""
 
 
 @attrs.frozen

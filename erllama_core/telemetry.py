@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import attrs
 
-from erllama_core.interfaces.log import get_logger
+from erllama_core.interfaces.log import get_logger, log_unexpected
 from erllama_core.interfaces.telemetry import (
     CacheEvent,
     ModelLoaded,
@@ -109,4 +109,4 @@ class Notifier:
         """Say so once: a listener that always fails would fill the log."""
         if (kind, listener.plugin) not in self._failed:
             self._failed.add((kind, listener.plugin))
-            log.error("listener.raised", plugin=listener.plugin, hook=HOOKS[kind], exc_info=error)
+            log_unexpected(log, "listener.raised", error, plugin=listener.plugin, hook=HOOKS[kind])

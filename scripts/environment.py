@@ -99,7 +99,7 @@ def install() -> int:
     if not any(VENV.glob("lib/python*/site-packages/llama_cpp")):
         say("the first time compiles llama.cpp, which takes about five minutes")
     command = [str(PYTHON), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    command += ["--editable", f"{ROOT}[cli,dev]"]
+    command += ["--editable", f"{ROOT}[cli,dev,docs]"]
     for plugin in plugins():
         command += ["--editable", str(plugin)]
     status = subprocess.run(command, check=False).returncode

@@ -53,12 +53,12 @@ def store(space: ModelSpace, tokens: list[int], *, mark: bool = True) -> Context
     """Save a context as a worker would."""
     keys = space.keys(bytearray(pack(tokens)), None)
     n, position = len(tokens), 0
-    if space.kv_class is not KVClass.WHOLE:
-        while block := space.next_block(keys, position, n):
-            pages = space.reserve(4 * (block.end - block.start))
-            assert pages is not None
-            space.submit_block(keys, block, pages, "cold")
-            position = block.end
+    while block := space.next_block(keys, position, n):
+        holds_state = space.kv_class is not KVClass.WHOLE
+        pages = space.reserve(4 * (block.end - block.start) if holds_state else 0)
+        assert pages is not None
+        space.submit_block(keys, block, pages, "cold")
+        position = block.end
     if space.kv_class is not KVClass.SPAN and not space.has_snapshot(keys, n):
         pages = space.reserve(4 * n)
         assert pages is not None

@@ -60,6 +60,13 @@ def export(context: Context, seq: int, cuts: Sequence[int]) -> list[RangeImport]
     return [RangeImport(r.start, r.end, r.end, r.into) for r in ranges]
 
 
+def take_snapshot(context: Context, seq: int) -> memoryview:
+    """What only exists while the sequence stands where it stands."""
+    data = memoryview(bytearray(context.snapshot_bytes(seq)))
+    context.export_snapshot(seq, data)
+    return data
+
+
 def states(context: Context) -> list[bytes]:
     """All that sequences hold, as bytes that do not depend on where it lies."""
     blocks = []
@@ -93,6 +100,12 @@ class ContextContract(abc.ABC):
     @pytest.fixture
     def whole(self, unified: bool) -> Iterator[Context]:
         context = self.open(unified=unified, kv_class=KVClass.WHOLE)
+        yield context
+        context.close()
+
+    @pytest.fixture
+    def checkpoint(self, unified: bool) -> Iterator[Context]:
+        context = self.open(unified=unified, kv_class=KVClass.CHECKPOINT)
         yield context
         context.close()
 
@@ -186,6 +199,46 @@ class ContextContract(abc.ABC):
         whole.drop(2)
         one, other = decode(whole, 0, NEXT), decode(whole, 1, NEXT)
         assert self.same(one, other)
+
+    def test_ranges_and_an_earlier_snapshot_make_a_sequence(self, checkpoint: Context) -> None:
+        """Ranges may be exported late and cut, if the snapshot was taken while it stood there."""
+        feed(checkpoint, 0, TOKENS[:90])
+        snapshot = take_snapshot(checkpoint, 0)
+        feed(checkpoint, 0, TOKENS[90:200])
+        blocks = export(checkpoint, 0, [0, 60, 150, 200])
+        checkpoint.drop(0)
+        feed(checkpoint, 1, OTHERS[:40])
+        ranges = [blocks[0], RangeImport(60, 150, 90, blocks[1].data)]
+        checkpoint.import_ranges(2, ranges[:1])
+        checkpoint.import_ranges(2, ranges[1:])
+        checkpoint.import_snapshot(2, 90, snapshot)
+        assert [checkpoint.length(seq) for seq in range(N_SEQ)] == [0, 40, 90]
+        feed(checkpoint, 0, TOKENS[:90])
+        expected = decode(checkpoint, 0, NEXT)
+        assert self.same(decode(checkpoint, 2, NEXT), expected)
+
+    def test_ranges_alone_are_no_sequence(self, checkpoint: Context) -> None:
+        """Until its snapshot is there a sequence can be neither extended, stored nor shared."""
+        feed(checkpoint, 0, TOKENS[:60])
+        snapshot = take_snapshot(checkpoint, 0)
+        (block,) = export(checkpoint, 0, [0, 60])
+        checkpoint.import_ranges(1, [block])
+        refused = (DecodeFailed, StateRejected, ValueError)
+        with pytest.raises(refused):
+            take_snapshot(checkpoint, 1)
+        with pytest.raises(refused):
+            checkpoint.share(1, 2, 60)
+        with pytest.raises(refused):
+            checkpoint.import_snapshot(1, 59, snapshot)
+        checkpoint.drop(1)
+        checkpoint.import_ranges(1, [block])
+        with pytest.raises(refused):
+            feed(checkpoint, 1, [1])
+        checkpoint.drop(1)
+        checkpoint.import_ranges(1, [block])
+        checkpoint.import_snapshot(1, 60, snapshot)
+        assert not checkpoint.truncate(1, 59)
+        assert self.same(feed(checkpoint, 1, [1]), feed(checkpoint, 0, [1]))
 
     def test_misuse_of_share_is_refused(self, span: Context) -> None:
         """Sharing what is not there, or with a sequence that has tokens, changes nothing."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ def load_stub(
     tier: tuple[str, ...] | list[str] = ("ram",),
     context_opts: dict[str, Any] | None = None,
     policy: dict[str, Any] | None = None,
+    adapters: Sequence[Path | dict[str, Any]] = (),
     **model_opts: Any,
 ) -> Model:
     """A stub model; keyword arguments are its ``model_opts``.
@@ -41,4 +43,5 @@ def load_stub(
         policy={"boundary_align_tokens": 32, "min_tokens": 8, "cold_min_tokens": 8}
         | (policy or {}),
         model_opts=model_opts,
+        adapters=[one if isinstance(one, dict) else {"path": one} for one in adapters],
     )

@@ -272,3 +272,17 @@ class Eviction(RuleBasedStateMachine):
 
 Eviction.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
 TestEviction = Eviction.TestCase
+
+
+def test_what_nothing_stands_on_any_longer_can_go() -> None:
+    """A block that is freed as what hung on it finds another one is evicted like any other."""
+    state = Eviction()
+    for tiers, tokens in ((("a",), [0, 0]), (("a", "b"), [0])):
+        store(space_of(state.cache, tiers, align=ALIGN), tokens)
+        assert state.cache.flush(10)
+    state.catalog.evict(state.catalog.store("a"), 1)
+    for tiers in (("a", "b"), ("b",)):
+        store(space_of(state.cache, tiers, align=ALIGN), [0, 1])
+        assert state.cache.flush(10)
+    state.catalog.evict(state.catalog.store("b"), 1)
+    state.teardown()

@@ -40,10 +40,9 @@ def store(space: ModelSpace, tokens: list[int]) -> ContextKeys:
     """Save a context as a worker would; a cell's bytes are its token's."""
     keys = space.keys(bytearray(pack(tokens)), None)
     position = 0
-    if space.kv_class is not KVClass.WHOLE:
-        while block := space.next_block(keys, position, len(tokens)):
-            save(space, keys, block)
-            position = block.end
+    while block := space.next_block(keys, position, len(tokens)):
+        save(space, keys, block)
+        position = block.end
     if space.kv_class is not KVClass.SPAN and not space.has_snapshot(keys, len(tokens)):
         pages = space.reserve(4 * len(tokens))
         assert pages is not None
@@ -53,9 +52,12 @@ def store(space: ModelSpace, tokens: list[int]) -> ContextKeys:
 
 
 def save(space: ModelSpace, keys: ContextKeys, block: NewBlock) -> None:
-    pages = space.reserve(4 * (block.end - block.start))
+    cells = keys.slice(block.start, block.end)
+    if space.kv_class is KVClass.WHOLE:
+        cells = b""  # its blocks name tokens and hold nothing
+    pages = space.reserve(len(cells))
     assert pages is not None
-    pages.view[:] = keys.slice(block.start, block.end)
+    pages.view[:] = cells
     space.submit_block(keys, block, pages, "cold")
 
 

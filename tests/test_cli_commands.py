@@ -160,10 +160,13 @@ def test_plugins_of_a_configuration(
 def test_check_ok(runner: CliRunner, tmp_path: Path) -> None:
     """A good file is ok, with exit code 0, and its warnings are shown."""
     file = tmp_path / "c.toml"
-    file.write_text('[pressure]\nenabled = true\nsource = "noop"\n')
+    file.write_text('[pressure]\nenabled = true\nsource = "noop"\nevict_tiers = "ram_file"\n')
     result = runner.invoke(app, ["check", str(file)])
     assert result.exit_code == 0
-    warning = "pressure.enabled: accepted, but without effect in this release"
+    warning = (
+        "pressure.evict_tiers: no configured tier is one of these (ram_file), so there is nothing "
+        "to evict"
+    )
     assert result.output.splitlines() == [f"{file}: warning: {warning}", f"{file}: ok"]
 
 
@@ -182,7 +185,7 @@ def test_check_tells_every_problem(runner: CliRunner, tmp_path: Path) -> None:
 def test_check_json_shape(runner: CliRunner, tmp_path: Path) -> None:
     """The JSON report has these keys; other programs read it."""
     file = tmp_path / "c.toml"
-    file.write_text("[caches]\n[pressure]\nenabled = true\nsource = 'noop'\n")
+    file.write_text('[caches]\n[plugins]\nallow = ["erllama-teir-disk"]\n')
     result = runner.invoke(app, ["check", str(file), "--json"])
     assert result.exit_code == 1
     assert json.loads(result.output) == {
@@ -191,8 +194,9 @@ def test_check_json_shape(runner: CliRunner, tmp_path: Path) -> None:
         "problems": [{"path": "caches", "message": "unknown key", "suggestion": "cache"}],
         "warnings": [
             {
-                "path": "pressure.enabled",
-                "message": "accepted, but without effect in this release",
+                "path": "plugins.allow",
+                "message": "no plugin and no distribution 'erllama-teir-disk' is installed",
+                "suggestion": "erllama-tier-disk",
             }
         ],
     }

@@ -13,25 +13,30 @@ import attrs
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from structlog.testing import capture_logs
 
+from erllama_core import Engine
 from erllama_core.cache.policy import SavePolicy
 from erllama_core.config import (
     CacheConfig,
     EngineConfig,
+    EngineSettings,
     ModelConfig,
     PressureConfig,
     ThinkingMarkers,
     TierConfig,
     check_config,
+    config_warnings,
     examine_config,
     load_config,
+    memory_problems,
     model_config,
-    not_yet_effective,
     read_config,
     structure_options,
 )
 from erllama_core.config.environment import parse_value
 from erllama_core.errors import ConfigError, PluginFailed
+from erllama_core.hookspecs import hookimpl
 from erllama_core.host import PluginHost
 from erllama_core.interfaces.backend import ContextOptions
 from erllama_core.providers import BackendProvider, ByteSize, PressureProvider, TierProvider
@@ -190,6 +195,7 @@ def test_every_mistake_at_once() -> None:
                 "third": 3,
             },
             "pressure": {"high_watermark": 1.5, "interval_ms": 2.0, "sytem": {"a": 1}},
+            "logging": {"level": "loud", "file": "x"},
         }
     )
     assert set(found) == {
@@ -215,6 +221,8 @@ def test_every_mistake_at_once() -> None:
         "pressure.high_watermark",
         "pressure.interval_ms",
         "pressure.sytem",
+        "logging.level",
+        "logging.file",
     }
     assert "did you mean 'models'?" in found["modles"]
     assert "did you mean 'n_ctx'?" in found["models.tiny.context_opts.n_ctxx"]
@@ -226,7 +234,7 @@ def test_every_mistake_at_once() -> None:
     assert "required: text" in found["models.tiny.thinking_markers.end"]
 
 
-@pytest.mark.parametrize("section", ["engine", "plugins", "cache", "models", "pressure"])
+@pytest.mark.parametrize("section", ["engine", "plugins", "cache", "models", "pressure", "logging"])
 @pytest.mark.parametrize("value", [5, "text", [1], None])
 def test_section_that_is_no_table(section: str, value: object) -> None:
     """A section of another type is one problem."""
@@ -355,6 +363,21 @@ def test_both_signing_keys() -> None:
     assert list(problems(table)) == ["engine.thinking_signing_key_env"]
 
 
+@pytest.mark.parametrize(
+    ("options", "path", "suggestion"),
+    [
+        ({"level": "inf"}, "logging.level", "info"),
+        ({"level": 20}, "logging.level", None),
+        ({"format": "jsn"}, "logging.format", "json"),
+        ({"fomat": "json"}, "logging.fomat", "format"),
+    ],
+)
+def test_logging_values(options: dict[str, Any], path: str, suggestion: str | None) -> None:
+    """Levels and formats are among a few words."""
+    (problem,) = read_config({"logging": options}, environ={}).problems
+    assert (problem.path, problem.suggestion) == (path, suggestion)
+
+
 def test_source_tables() -> None:
     """[pressure.<source>] tables are kept for the source that they name."""
     table = {"pressure": {"source": ["system", "nvidia"], "nvidia": {"devices": [0]}}}
@@ -428,7 +451,9 @@ _JSON = st.recursive(
 
 @given(
     st.dictionaries(
-        st.sampled_from(["engine", "plugins", "cache", "tiers", "models", "pressure", "other"]),
+        st.sampled_from(
+            ["engine", "plugins", "cache", "tiers", "models", "pressure", "logging", "other"]
+        ),
         _JSON,
     )
 )
@@ -496,9 +521,9 @@ def test_environment_overrides() -> None:
     """Variables reach every level, by any spelling that a variable allows."""
     table = {
         "tiers": [{"name": "my-disk", "kind": "disk"}],
-        "models": {"Llama-3.2": {"context_opts": {"n_ctx": 1}}},
+        "models": {"Llama-3.2": {"context_opts": {"n_ctx": 1}, "processors": []}},
     }
-    config = load_config(
+    loaded = read_config(
         table,
         environ={
             "ERLLAMA_CACHE__MIN_TOKENS": "128",
@@ -506,6 +531,17 @@ def test_environment_overrides() -> None:
             "ERLLAMA_MODELS__LLAMA_3_2__TIER": '["ram", "my-disk"]',
             "ERLLAMA_TIERS__MY_DISK__QUOTA_BYTES": "50GiB",
             "ERLLAMA_PRESSURE__ENABLED": "true",
+            "ERLLAMA_PRESSURE__NOOP__DEPTH": "3",
+            "ERLLAMA_PRESSURE__SOURCE": "noop",
+            "ERLLAMA_LOGGING__LEVEL": "info",
+            "ERLLAMA_ENGINE__MEMORY_BUDGET_BYTES": "2GiB",
+            "ERLLAMA_PLUGINS__BLOCK": '["a"]',
+            "ERLLAMA_MODELS__LLAMA_3_2__PROCESSORS": '["mine"]',
+            "ERLLAMA_MODELS__LLAMA_3_2__PROCESSOR_OPTS__MINE__DEPTH": "2",
+            "ERLLAMA_MODELS__LLAMA_3_2__THINKING_MARKERS__START": "<think>",
+            "ERLLAMA_MODELS__LLAMA_3_2__THINKING_MARKERS__END": "</think>",
+            "ERLLAMA_MODELS__LLAMA_3_2__POLICY__MIN_TOKENS": "7",
+            "ERLLAMA_TIERS__RAM__QUOTA_BYTES": "1GiB",
             "ERLLAMA_MODELS__NEW__MODEL_PATH": "/srv/x.gguf",
             "PATH": "/bin",
             "ERLLAMA_TEST_MODEL": "/x",
@@ -513,7 +549,17 @@ def test_environment_overrides() -> None:
             "ERLLAMA_DEBUG": "1",
         },
     )
+    config = loaded.config
+    # A marker without its processor is told to be wrong, so both arrived.
+    assert [problem.path for problem in loaded.problems] == ['models."Llama-3.2".thinking_markers']
     assert config.cache.min_tokens == 128
+    assert config.pressure.source_options == {"noop": {"depth": 3}}
+    assert config.logging.level == "info"
+    assert config.engine.memory_budget_bytes == 2 << 30
+    assert config.plugins.block == ("a",)
+    assert config.models["Llama-3.2"].processor_opts == {"mine": {"depth": 2}}
+    assert config.models["Llama-3.2"].policy == {"min_tokens": 7}
+    assert config.tiers[1] == TierConfig("ram", "ram", {"quota_bytes": "1GiB"})
     assert config.models["Llama-3.2"].context_opts.n_ctx == 4096
     assert config.models["Llama-3.2"].tier == ("ram", "my-disk")
     assert config.models["new"].model_path == Path("/srv/x.gguf")
@@ -840,6 +886,185 @@ def test_check_against_the_machine(host: PluginHost, tmp_path: Path) -> None:
     assert "folder" in found["models.two.model_path"].message
 
 
+KEY = b"k" * 32
+
+
+@pytest.mark.parametrize(
+    ("mode", "warned"), [(0o600, False), (0o400, False), (0o640, True), (0o604, True)]
+)
+def test_a_key_file_that_others_can_use(
+    host: PluginHost, tmp_path: Path, mode: int, warned: bool
+) -> None:
+    """It works, with a warning that says what to do; check and the engine's log have it."""
+    key = tmp_path / "key"
+    key.write_bytes(KEY)
+    key.chmod(mode)
+    link = tmp_path / "link"
+    link.symlink_to(key)
+    table = {"engine": {"thinking_signing_key_file": str(link)}}
+    found = examine_config(table, environ={}, host=host)
+    assert found.problems == ()
+    told = [str(warning) for warning in found.warnings]
+    with capture_logs() as logs, Engine(load_config(table, environ={}), plugins=host):
+        pass
+    logged = [entry for entry in logs if entry["event"] == "config.questionable"]
+    assert len(told) == len(logged) == warned
+    if warned:
+        assert f"mode {mode:04o}" in told[0]
+        assert "chmod 600" in told[0]
+        assert logged[0]["path"] == "engine.thinking_signing_key_file"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "No such file"),
+        (b"short", "32 bytes at least; this one has 5"),
+        (b"", "this one has 0"),
+        (b"x" * 70_000, "which is no key"),
+    ],
+)
+def test_a_key_file_that_is_none(
+    host: PluginHost, tmp_path: Path, content: bytes | None, words: str
+) -> None:
+    """A file that is not there, or holds no key, is a problem; the key is not shown."""
+    key = tmp_path / "key"
+    if content is not None:
+        key.write_bytes(content)
+        key.chmod(0o600)
+    table = {"engine": {"thinking_signing_key_file": str(key)}}
+    (problem,) = examine_config(table, environ={}, host=host).problems
+    assert problem.path == "engine.thinking_signing_key_file"
+    assert words in problem.message
+    assert "short" not in problem.message.replace("shorter", "")
+
+
+def test_a_device_as_key_file(host: PluginHost) -> None:
+    """A file without an end is not read to its end."""
+    table = {"engine": {"thinking_signing_key_file": "/dev/zero"}}
+    (problem,) = examine_config(table, environ={}, host=host).problems
+    assert "which is no key" in problem.message
+
+
+def test_a_plugin_that_is_allowed_and_not_there(tmp_path: Path) -> None:
+    """plugins.allow with a misspelt name is warned of; what is blocked need not be installed."""
+    table = {"plugins": {"allow": ["Erllama.Tier_Disk", "erllama-teir-disk"], "block": ["x"]}}
+    (warning,) = examine_config(table, environ={}).warnings
+    assert warning.path == "plugins.allow"
+    assert warning.suggestion == "erllama-tier-disk"
+
+
+def test_what_providers_say_of_their_options(tmp_path: Path) -> None:
+    """A provider's own check is asked; with stores=False not that of tiers; one may fail."""
+
+    def tier(options: StoreOptions) -> list[tuple[str, str]]:
+        return [("root", f"{options.root} is not there")]
+
+    def backend(request: Any) -> list[tuple[str, str]]:
+        if request.model_path is None:
+            return [("model_path", "needed"), ("context_opts.n_ctx", "odd")]
+        raise RuntimeError("a mistake of the plugin's")
+
+    class Hooks:
+        @hookimpl
+        def erllama_tiers(self) -> list[TierProvider]:
+            return [TierProvider("store", "x", Plugin.make, config=StoreOptions, check=tier)]
+
+        @hookimpl
+        def erllama_backends(self) -> list[BackendProvider]:
+            return [BackendProvider("weights", "x", Plugin.make, check=backend)]
+
+    host = PluginHost(discover=False)
+    host.register(Hooks())
+    file = tmp_path / "m.gguf"
+    file.write_bytes(b"GGUF")
+    config = load_config(
+        {
+            "tiers": [{"name": "s", "kind": "store", "root": "/x"}],
+            "models": {
+                "a": {"backend": "weights"},
+                "b": {"backend": "weights", "model_path": str(file)},
+            },
+        },
+        environ={},
+    )
+    found = {problem.path: problem.message for problem in check_config(config, host)}
+    assert found == {
+        "tiers[0].root": "/x is not there",
+        "models.a.model_path": "needed",
+        "models.a.context_opts.n_ctx": "odd",
+        "models.b": "could not be checked: RuntimeError: a mistake of the plugin's",
+    }
+    left = {problem.path for problem in check_config(config, host, stores=False)}
+    assert left == found.keys() - {"tiers[0].root"}
+
+
+def test_shipped_plugins_check_their_options(tmp_path: Path) -> None:
+    """A llama model without a file or with another's, and roots that cannot be used."""
+    text = tmp_path / "no.gguf"
+    text.write_text("not a model")
+    config = load_config(
+        {
+            "tiers": [
+                {"name": "a", "kind": "disk", "root": str(text)},
+                {"name": "b", "kind": "disk", "root": str(text / "below")},
+                {"name": "c", "kind": "disk", "root": str(tmp_path / "no"), "read_only": True},
+                {"name": "d", "kind": "ram_file", "root": str(tmp_path / "deep" / "er")},
+                {"name": "e", "kind": "disk", "root": "/proc/1/kvc"},
+            ],
+            "models": {
+                "one": {},
+                "two": {"model_path": str(text), "context_opts": {"type_k": "q8"}},
+                "three": {"model_path": str(text), "context_opts": {"n_batch": 2, "n_seq_max": 4}},
+            },
+        },
+        environ={},
+    )
+    found = {problem.path: problem.message for problem in check_config(config, PluginHost())}
+    assert found.keys() == {
+        "tiers[0].root",
+        "tiers[1].root",
+        "tiers[2].root",
+        "tiers[4].root",
+        "models.one.model_path",
+        "models.two.model_path",
+        "models.two.context_opts.type_k",
+        "models.three.model_path",
+        "models.three.context_opts.n_batch",
+    }
+    assert "required" in found["models.one.model_path"]
+    assert "not a GGUF file" in found["models.two.model_path"]
+    assert "did you mean 'q8_0'?" in found["models.two.context_opts.type_k"]
+    assert not (tmp_path / "deep").exists()
+
+
+def test_an_engine_tells_every_mistake_of_its_file(tmp_path: Path) -> None:
+    """Engine.from_config too: options of plugins and files with the values, before it opens any."""
+    root = tmp_path / "kvc"
+    with pytest.raises(ConfigError) as caught:
+        Engine.from_config(
+            {
+                "cache": {"min_tokens": -1},
+                "tiers": [
+                    {"name": "d", "kind": "disk", "root": str(root)},
+                    {"name": "e", "kind": "dsik"},
+                ],
+                "models": {
+                    "m": {"model_path": str(tmp_path / "none.gguf"), "model_opts": {"gpus": 1}},
+                    "n": {"backend": "stub", "model_opts": {"scrpt": []}},
+                },
+            }
+        )
+    assert {problem.path for problem in caught.value.problems} == {
+        "cache.min_tokens",
+        "tiers[1].kind",
+        "models.m.model_path",
+        "models.m.model_opts.gpus",
+        "models.n.model_opts.scrpt",
+    }
+    assert not root.exists()
+
+
 def test_default_source_may_be_missing_while_pressure_is_off(host: PluginHost) -> None:
     """The default source need not be installed as long as nothing uses it."""
     assert check_config(EngineConfig(), host) == []
@@ -865,11 +1090,65 @@ def test_examine_goes_on_behind_mistakes(host: PluginHost) -> None:
         "tiers[0].kind",
         "models.m.backend",
     }
-    assert found.without_effect == ("pressure.enabled",)
+    assert found.warnings == ()
 
 
-def test_without_effect() -> None:
-    """Options that this release accepts and does not use are named."""
-    table = tomllib.loads(DESIGN)
-    assert not_yet_effective(load_config(table, environ={})) == ["pressure.enabled"]
-    assert not_yet_effective(EngineConfig()) == []
+@pytest.mark.parametrize(
+    ("pressure", "warned"),
+    [
+        ({"enabled": True}, False),
+        ({"enabled": False, "evict_tiers": ["ram_file"]}, False),
+        ({"enabled": True, "evict_tiers": ["ram_file"]}, True),
+        ({"enabled": True, "evict_tiers": []}, True),
+        ({"enabled": True, "evict_tiers": [], "unload_idle_models": True}, False),
+    ],
+)
+def test_pressure_that_can_free_nothing(pressure: dict[str, Any], warned: bool) -> None:
+    """A monitor that has nothing to give back can be configured, with a warning."""
+    config = load_config({"pressure": pressure}, environ={})
+    warnings = config_warnings(config, PluginHost(discover=False))
+    assert [warning.path for warning in warnings] == ["pressure.evict_tiers"] * warned
+
+
+RAM = {"name": "ram", "kind": "ram"}
+SHM = {"kind": "ram_file", "root": "/x"}
+
+
+@pytest.mark.parametrize(
+    ("tiers", "found"),
+    [
+        ([], {}),
+        ([RAM | {"quota_bytes": "1GiB"}], {}),
+        (
+            [RAM | {"quota_bytes": "2GiB"}],
+            {"tiers[0].quota_bytes": "2.0 GiB is more than engine.memory_budget_bytes (1.0 GiB)"},
+        ),
+        ([RAM | {"quota_bytes": "1GiB"}, SHM | {"name": "a", "quota_bytes": "1GiB"}], {}),
+        (
+            [SHM | {"name": "a"}],
+            {
+                "tiers[0].quota_bytes": "needed beside engine.memory_budget_bytes: its files are "
+                "in memory"
+            },
+        ),
+        (
+            [SHM | {"name": name, "quota_bytes": "600MiB"} for name in "ab"],
+            {
+                "tiers[1].quota_bytes": "600.0 MiB, 1.2 GiB with the tiers before it, is more "
+                "than engine.memory_budget_bytes (1.0 GiB)"
+            },
+        ),
+        ([{"name": "d", "kind": "disk", "root": "/x", "quota_bytes": "5GiB"}], {}),
+    ],
+    ids=["default", "fits", "too large", "shares", "no quota", "together", "disk"],
+)
+def test_quotas_beyond_the_memory_budget(
+    tiers: list[dict[str, Any]], found: dict[str, str]
+) -> None:
+    """A tier in memory that the budget has no room for is a mistake, at its place."""
+    table = {"engine": {"memory_budget_bytes": "1GiB"}, "tiers": tiers}
+    config, host = load_config(table, environ={}), PluginHost()
+    assert {p.path: p.message for p in memory_problems(config, host)} == found
+    assert {p.path for p in check_config(config, host, stores=False)} == set(found)
+    without = attrs.evolve(config, engine=EngineSettings())
+    assert memory_problems(without, host) == []

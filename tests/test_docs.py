@@ -5,6 +5,7 @@ CONTRIBUTING.md tells those who write documentation what the marks on a block me
 
 from __future__ import annotations
 
+import ast
 import builtins
 import contextlib
 import inspect
@@ -17,7 +18,7 @@ import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, get_type_hints
 
 import attrs
 import click
@@ -27,9 +28,11 @@ from erllama_core import errors, hookspecs
 from erllama_core.cache.policy import SavePolicy
 from erllama_core.cli.app import app
 from erllama_core.config import (
+    AdapterConfig,
     CacheConfig,
     EngineConfig,
     EngineSettings,
+    LoggingConfig,
     ModelConfig,
     PluginsConfig,
     PressureConfig,
@@ -41,6 +44,7 @@ from erllama_core.config import (
 )
 from erllama_core.host import PluginHost
 from erllama_core.interfaces.backend import ContextOptions
+from erllama_core.model.options import RequestKwargs, RequestOptions
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted(
@@ -50,6 +54,7 @@ PAGES = sorted(
         *ROOT.glob(pattern),
         *ROOT.glob(f"plugins/*/{pattern}"),
         *ROOT.glob(f"bench/{pattern}"),
+        *ROOT.glob(f"examples/{pattern}"),
     )
 )
 SECTIONS = {field.name for field in attrs.fields(EngineConfig)}
@@ -233,7 +238,9 @@ TABLES: dict[str, tuple[type[Any], set[str]]] = {
     "policy": (SavePolicy, {field.name for field in attrs.fields(SavePolicy)}),  # as [cache]
     "thinking_markers": (ThinkingMarkers, set()),
     "tool_call_markers": (ToolCallMarkers, set()),
+    "adapters": (AdapterConfig, set()),
     "[pressure]": (PressureConfig, {"source_options"}),  # the tables below this one
+    "[logging]": (LoggingConfig, set()),
 }
 
 
@@ -243,7 +250,7 @@ def test_every_table_of_the_configuration_is_known_here() -> None:
     nested = {
         field.name
         for field in attrs.fields(ModelConfig)
-        if field.name in {"context_opts", "policy"} or field.name.endswith("_markers")
+        if field.name in {"context_opts", "policy", "adapters"} or field.name.endswith("_markers")
     }
     assert documented == SECTIONS | nested
 
@@ -284,14 +291,33 @@ def test_every_error_is_documented() -> None:
 
 
 def test_every_hook_is_documented() -> None:
-    """docs/hooks.md has a heading for each hook, and for nothing that is none."""
+    """docs/hooks.md has a heading for each hook, its signature, and says when, on which thread,
+    whether it may block, and what becomes of errors.
+    """
     specified = {
-        name
+        f"{name}{inspect.signature(value)}".replace("'", "")
         for name, value in vars(hookspecs).items()
         if hasattr(value, f"{hookspecs.PROJECT}_spec")
     }
-    documented = {heading for heading in sections("hooks.md") if heading.startswith("erllama_")}
-    assert documented == specified
+    documented = {
+        heading: text
+        for heading, text in sections("hooks.md").items()
+        if heading.startswith("erllama_")
+    }
+    assert set(documented) == specified
+    for heading, text in documented.items():
+        for fact in ("When", "Thread", "May it block", "Errors"):
+            assert f"- **{fact}**: " in text, f"{heading}: {fact}"
+
+
+def test_every_request_option_is_documented() -> None:
+    """docs/requests.md has a row for each option, with its default."""
+    documented = rows((ROOT / "docs/requests.md").read_text("utf-8"))
+    fields = attrs.fields_dict(RequestOptions)
+    assert set(documented) == set(fields) == set(get_type_hints(RequestKwargs))
+    for name, (_, shown, _) in documented.items():
+        default = None if shown == "none" else ast.literal_eval(shown.strip("`"))
+        assert fields[name].default == default, name
 
 
 def command_line() -> Iterator[tuple[str, click.Command]]:
@@ -334,7 +360,7 @@ def test_every_option_of_a_plugin_is_in_its_readme() -> None:
     seen = set()
     for row in host.listing():
         folder = shipped.get(row.distribution or "")
-        if folder is None or row.kind in {None, "listener"} or row.state != "ok":
+        if folder is None or row.kind is None or row.kind == "listener" or row.state != "ok":
             continue
         seen.add(folder.name)
         readme = (folder / "README.md").read_text("utf-8")

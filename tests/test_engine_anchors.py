@@ -14,7 +14,7 @@ from stub_engine import load_stub, make_engine
 
 SCRIPT = ["I think nothing in the well.", "On the whole, nothing wrong.", "The thing is there."]
 """Full of what a prompt has digraphs for, and a reply does not."""
-RANGES = ("span", "checkpoint")
+RANGES = ("span", "checkpoint", "whole")
 WILD: dict[str, Any] = {"temperature": 2.0, "top_k": 400, "top_p": 1.0, "min_p": 0.0}
 """Sampling that spells words in tokens no tokeniser would choose."""
 

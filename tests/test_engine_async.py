@@ -34,6 +34,7 @@ def test_the_twins_give_what_the_calls_give() -> None:
             assert await engine.aio.flush(10)
             await engine.aio.unload(model)
             assert engine.models() == []
+            assert (await engine.aio.pressure.force_check()).checks == 1
 
     asyncio.run(run())
 

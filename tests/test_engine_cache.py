@@ -124,7 +124,7 @@ def test_the_finish_key_names_the_whole_context(kv_class: str) -> None:
         done = model.complete(PROMPT, response_tokens=10)
         assert engine.flush(10)
         rows = [row for row in engine.cache.dump() if row.key == done.finish_key]
-        kinds = {"span": {"kv"}, "checkpoint": {"kv", "snapshot"}, "whole": {"snapshot"}}
+        kinds = {"span": {"kv"}, "checkpoint": {"kv", "snapshot"}, "whole": {"kv", "snapshot"}}
         assert {row.kind for row in rows} == kinds[kv_class] | {"logits"}
         assert {row.end for row in rows} == {len(PROMPT) + 10}
 

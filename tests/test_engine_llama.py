@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from erllama_core import Engine, Model
-from erllama_core.errors import ModelLoadError, NotSupported, PromptTooLong
+from erllama_core.errors import ModelLoadError, PromptTooLong
 from stub_engine import make_engine
 from tiny_gguf import Arch, write_tiny_gguf
 
@@ -17,9 +17,11 @@ ARCHS: dict[Arch, str] = {
     "llama": "span",
     "gemma3": "span",
     "mamba": "whole",
-    "lfm2": "whole",
-    "qwen35": "whole",
+    "lfm2": "checkpoint",
+    "qwen35": "checkpoint",
 }
+SEPARATE: dict[Arch, str] = ARCHS | {"gemma3": "checkpoint"}
+"""With cells of its own for each sequence a window is nothing that can be cut."""
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +76,7 @@ def test_separate_cells_restore(arch: Arch, tiny: dict[Arch, Path], tmp_path: Pa
     separate = {"context_opts": {"kv_unified": False}}
     with make_engine(tmp_path) as engine:
         model = load(engine, tiny[arch], **separate)
-        assert model.info().kv_class == ("span" if arch == "llama" else "whole")
+        assert model.info().kv_class == SEPARATE[arch]
         cold = model.complete(PROMPT, response_tokens=12)
         branch = [*cold.context_tokens[:100], 50, 51, 52]
         model.complete(branch, response_tokens=4)
@@ -155,12 +157,10 @@ def test_requests_run_together(tiny: dict[Arch, Path], tmp_path: Path) -> None:
         assert model.info().available_seqs == 2
 
 
-def test_what_llama_cannot_do_yet(tiny: dict[Arch, Path], tmp_path: Path) -> None:
-    """Embeddings are refused with a reason; nothing else happens."""
+def test_a_prompt_that_is_too_long_harms_no_other(tiny: dict[Arch, Path], tmp_path: Path) -> None:
+    """It is refused by the call, and the next request is served."""
     with make_engine(tmp_path) as engine:
         model = load(engine, tiny["llama"])
-        with pytest.raises(NotSupported, match="embeddings"):
-            model.embed("text")
         with pytest.raises(PromptTooLong):
             model.complete([40] * 1024)
         assert model.complete("still here", response_tokens=2).finish_reason == "length"

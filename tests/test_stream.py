@@ -83,6 +83,40 @@ def test_a_mailbox_keeps_order_between_threads() -> None:
     sender.join()
 
 
+def test_a_coroutine_gets_what_a_thread_puts() -> None:
+    """Items reach an event loop once each and in order, however puts and waits interleave."""
+
+    async def run() -> list[int]:
+        mailbox: Mailbox[int] = Mailbox()
+
+        def send() -> None:
+            for number in range(2000):
+                mailbox.put(number)
+
+        sender = threading.Thread(target=send)
+        sender.start()
+        got = [await asyncio.wait_for(mailbox.get_async(), 10) for _ in range(2000)]
+        sender.join()
+        return got
+
+    assert asyncio.run(run()) == list(range(2000))
+
+
+def test_an_item_put_while_a_coroutine_begins_to_wait_wakes_it() -> None:
+    """What arrives between finding nothing and beginning to wait is not overlooked."""
+
+    class Interrupted(Mailbox[str]):
+        def __setattr__(self, name: str, value: object) -> None:
+            if name == "_waiter" and value is not None:
+                self.put("in between")
+            super().__setattr__(name, value)
+
+    async def run() -> str:
+        return await asyncio.wait_for(Interrupted().get_async(), 10)
+
+    assert asyncio.run(run()) == "in between"
+
+
 def test_a_mailbox_that_stays_empty() -> None:
     """A wait that runs out is a TimeoutError and loses nothing."""
     mailbox: Mailbox[str] = Mailbox()

@@ -50,9 +50,14 @@ def split(pieces: Sequence[Token], cuts: Sequence[int]) -> list[Token]:
 
 
 def expected(
-    pieces: Sequence[Token], stops: Sequence[bytes], call: ToolCallMarkers
+    pieces: Sequence[Token],
+    stops: Sequence[bytes],
+    call: ToolCallMarkers,
+    think: ThinkingMarkers = THINK,
 ) -> list[tuple[str, bytes]]:
     """What must be delivered, found by searching the reply as a whole."""
+    think_start, think_end = think.start.encode(), think.end.encode()
+    call_start = call.start.encode()
     data = b"".join(piece for piece, _ in pieces)
     silent = [control for piece, control in pieces for _ in piece]
     call_end = None if call.end == "$eos" else call.end.encode()
@@ -71,16 +76,16 @@ def expected(
 
     at = 0
     while True:
-        place, marker = first(at, b"<t>", b"<c>")
+        place, marker = first(at, think_start, call_start)
         add("TextDelta", said(at, place))
         at = place + len(marker)
-        if marker == b"<t>":
-            place, marker = first(at, b"</t>")
+        if marker == think_start:
+            place, marker = first(at, think_end)
             add("ThinkingDelta", said(at, place))
             add("ThinkingEnd", b"")
             at = place + len(marker)
-        while marker == b"<c>":
-            place, marker = first(at, b"<c>", *([call_end] if call_end else []))
+        while marker == call_start:
+            place, marker = first(at, call_start, *([call_end] if call_end else []))
             add("ToolCallDelta", data[at:place])
             if marker or call_end is None:
                 add("ToolCallEnd", data[at:place])
@@ -117,6 +122,28 @@ def test_events_do_not_depend_on_tokens(
         stop_sequences=tuple(stops),
     )
     assert found == expected(pieces, [stop.encode() for stop in stops], call)
+
+
+@given(
+    st.lists(st.sampled_from([*"ab", "aa", "ab", "ba", "日", "本"]), max_size=24),
+    st.lists(st.integers(0, 200), max_size=40),
+    st.sampled_from([("aba", "bab"), ("日本", "本日"), ("aaa", "aa日"), ("ab", "ba"), ("b", "日")]),
+    st.booleans(),
+)
+def test_markers_that_overlap_themselves_and_one_another(
+    pieces: list[str], cuts: list[int], markers: tuple[str, str], thinks: bool
+) -> None:
+    """Whatever the markers' letters are, cut anywhere, even within characters."""
+    never = "\N{SNOWMAN}", "\N{COMET}"
+    start, end = markers if thinks else never
+    think = ThinkingMarkers(start=start, end=end)
+    start, end = never if thinks else markers
+    call = ToolCallMarkers(start=start, end=end)
+    said: list[Token] = [(piece.encode(), False) for piece in pieces]
+    found = deliveries(
+        split(said, cuts), thinking=True, thinking_markers=think, tool_call_markers=call
+    )
+    assert found == expected(said, [], call, think)
 
 
 @given(st.lists(st.sampled_from(PIECES), max_size=24), st.lists(st.integers(0, 200), max_size=40))
@@ -176,6 +203,32 @@ def test_no_more_is_held_back_than_may_be_a_stop(stops: list[str], text: str) ->
             if stop.startswith(so_far[at:]) or so_far.startswith(stop, at)
         ]
         assert delivered == so_far[: min(may_begin, default=len(so_far))]
+        if pipeline.ended:
+            break
+
+
+@given(
+    st.lists(st.text("é日b", min_size=1, max_size=3), min_size=1, max_size=3),
+    st.text("é日bx", min_size=1, max_size=16),
+)
+def test_characters_before_a_possible_stop_are_delivered(stops: list[str], text: str) -> None:
+    """After each byte all whole characters are delivered up to where a stop may begin."""
+    tokens = [(bytes([byte]), False) for byte in text.encode()]
+    pipeline = make_pipeline(tokens, stop_sequences=tuple(stops))
+    delivered = ""
+    for token in range(len(tokens)):
+        for event in pipeline.feed(token):
+            assert isinstance(event, TextDelta)
+            delivered += event.text
+        so_far = text.encode()[: token + 1]
+        may_begin = [
+            at
+            for at in range(len(so_far))
+            for stop in (stop.encode() for stop in stops)
+            if stop.startswith(so_far[at:]) or so_far.startswith(stop, at)
+        ]
+        free = so_far[: min(may_begin, default=len(so_far))]
+        assert delivered == free.decode("utf-8", "ignore")
         if pipeline.ended:
             break
 
@@ -251,6 +304,30 @@ def test_a_budget_caps_thinking_deltas(budget: int | None) -> None:
         ("ThinkingEnd", b""),
         ("TextDelta", b"123"[len(kept) :] + b"b"),
     ]
+
+
+@given(
+    st.lists(st.sampled_from(PIECES), max_size=24),
+    st.lists(st.integers(0, 200), max_size=40),
+    st.integers(1, 6),
+)
+def test_a_budget_loses_nothing(pieces: list[Token], cuts: list[int], budget: int) -> None:
+    """However a reply is cut, no more deltas than allowed are thinking, the last one of them is
+    followed by the end at once, and all bytes but markers and control tokens are delivered.
+    """
+    tokens = split(pieces, cuts)
+    request: dict[str, Any] = {"thinking": True, "thinking_markers": THINK}
+    capped = run(make_pipeline(tokens, **request, thinking_budget_tokens=budget), len(tokens))
+    thought = [at for at, event in enumerate(capped) if isinstance(event, ThinkingDelta)]
+    assert len(thought) <= budget
+    if len(thought) == budget:
+        assert isinstance(capped[thought[-1] + 1], ThinkingEnd)
+    free = run(make_pipeline(tokens, **request), len(tokens))
+
+    def said(events: Sequence[Any]) -> bytes:
+        return b"".join(e.data for e in events if isinstance(e, TextDelta | ThinkingDelta))
+
+    assert said(capped) == said(free)
 
 
 def test_a_character_that_the_cap_cuts() -> None:
@@ -365,6 +442,27 @@ def test_syntax_is_greedy_and_payload_is_not() -> None:
     assert greedy_before(text).endswith("-")
     assert set(greedy_before(text, may_swap=False)) == {"-"}
     assert set(greedy_before(text, names=["utf8"])) == {"-"}
+
+
+def test_syntax_is_greedy_until_generation_ends() -> None:
+    """A call that the end of generation ends is greedy to there, and so is one after another."""
+    tokens = [(letter.encode(), False) for letter in "a<c>b<c>d"]
+    pipeline = make_pipeline(tokens, tool_call_markers=CALL_TO_END)
+    marks = ""
+    for token in range(len(tokens)):
+        marks += "G" if pipeline.greedy else "-"
+        pipeline.feed(token)
+    assert marks == "----GGGGG"
+    assert pipeline.greedy
+    assert [e.data for e in pipeline.finish() if isinstance(e, ToolCallEnd)] == [b"d"]
+
+
+def test_a_payload_that_is_never_closed_ends_with_its_call() -> None:
+    """The end marker ends a call within a payload too, and the rest is drawn as asked for."""
+    marks = greedy_before("<c>(q</c>rr")
+    assert marks == "---G-------"
+    found = deliveries([(b"<c>(q</c>r", False)], tool_call_markers=CALL)
+    assert found == [("ToolCallDelta", b"(q"), ("ToolCallEnd", b"(q"), ("TextDelta", b"r")]
 
 
 # ------------------------------------------------------------ processors of one's own

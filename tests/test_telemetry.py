@@ -82,7 +82,7 @@ def test_an_error_is_told_with_what_it_was() -> None:
     """A request that ends with an error is told too, once."""
     told = Told()
     with engine_with(told) as engine:
-        model = load_stub(engine)
+        model = load_stub(engine, decode_us=5000)
         stream = model.infer(PROMPT, session_id="a", response_tokens=900)
         stream.next_event(10)
         model.reset_session("a")

@@ -22,7 +22,7 @@ def request(number: int, prompt: int, computed: int, *, generating: bool) -> Req
         Prompt(range(prompt)),
         RequestOptions(),
         context_size=1000,
-        sampler=Nothing(),  # type: ignore[arg-type]
+        new_sampler=lambda _: Nothing(),  # type: ignore[arg-type,return-value]
         pipeline=Nothing(),  # type: ignore[arg-type]
     )
     made.live = LiveSequence(number)

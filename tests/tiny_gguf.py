@@ -8,17 +8,18 @@ gemma3    sliding-window and full attention, in turns   two sets of attention ce
 mamba     recurrent (Mamba-1)                           one state per sequence
 lfm2      short convolution and attention, in turns     hybrid
 qwen35    gated delta net and attention, M-RoPE         hybrid, extra data per cell
+bert      attention to both sides, learned positions    none: it encodes, and generates nothing
 ========  ============================================  ==========================
 
 All share one byte-level BPE vocabulary, so every text survives tokenising. Weights depend on
-the seed and the tensor's name alone: equal arguments write equal bytes. Needs the ``gguf``
-package.
+the seed and the tensor's name alone: equal arguments write equal bytes. :func:`write_tiny_lora`
+writes adapters for the llama model. Needs the ``gguf`` package.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -26,8 +27,9 @@ import attrs
 import numpy as np
 from gguf import GGUFWriter
 
-Arch = Literal["llama", "gemma3", "mamba", "lfm2", "qwen35"]
+Arch = Literal["llama", "gemma3", "mamba", "lfm2", "qwen35", "bert"]
 ARCHS: Final[tuple[Arch, ...]] = ("llama", "gemma3", "mamba", "lfm2", "qwen35")
+"""Those that generate."""
 
 # Token types of the GGUF field tokenizer.ggml.token_type.
 _NORMAL: Final = 1
@@ -69,8 +71,9 @@ CHAT_TEMPLATE: Final = (
     "{%- for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
     "{%- endfor %}"
     "{%- if add_generation_prompt %}<|im_start|>assistant\n"
-    "{%- if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n"
-    "{%- endif %}{%- endif %}"
+    # No dash here: it would take the line end off that every later turn has.
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n"
+    "{% endif %}{% endif %}"
 )
 
 
@@ -84,33 +87,54 @@ class _Shape:
     window: int
     context_length: int
     longrope: bool
+    rope_base: float
     head_dim: int
     n_vocab: int
+    says_causal: bool
 
 
 class _Weights:
     """Adds random tensors; shapes are in ggml's order, fastest dimension first."""
 
-    def __init__(self, writer: GGUFWriter, seed: int) -> None:
+    def __init__(self, writer: GGUFWriter, seed: int, *, there: bool) -> None:
         self.writer = writer
         self.seed = seed
+        self.there = there
 
     def _rng(self, name: str) -> np.random.Generator:
         digest = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
         return np.random.default_rng(np.frombuffer(digest, dtype=np.uint64))
 
+    def _add(self, name: str, values: np.ndarray[Any, Any]) -> None:
+        if self.there:
+            self.writer.add_tensor(name, values)
+
     def matrix(
-        self, name: str, ne0: int, ne1: int, gain: float = 1.0, dtype: type[Any] = np.float16
+        self,
+        name: str,
+        ne0: int,
+        ne1: int,
+        gain: float = 1.0,
+        dtype: type[Any] = np.float16,
+        keep: Sequence[bool] | None = None,
     ) -> None:
         values = self._rng(name).standard_normal((ne1, ne0)) * (gain / np.sqrt(ne0))
-        self.writer.add_tensor(name, values.astype(dtype))
+        if keep is not None:
+            values *= np.array(keep)[:, None]
+        self._add(name, values.astype(dtype))
+
+    def output(self, d: int, gains: Sequence[float]) -> None:
+        """A row for each token. Where it is zero, whatever the state, others are likelier."""
+        name = "output.weight"
+        values = self._rng(name).standard_normal((len(gains), d)) * (3.0 / np.sqrt(d))
+        self._add(name, (values * np.array(gains)[:, None]).astype(np.float16))
 
     def vector(self, name: str, n: int, mean: float = 1.0, std: float = 0.1) -> None:
         values = mean + std * self._rng(name).standard_normal(n)
-        self.writer.add_tensor(name, values.astype(np.float32))
+        self._add(name, values.astype(np.float32))
 
     def exact(self, name: str, values: Any) -> None:
-        self.writer.add_tensor(name, np.ascontiguousarray(values, dtype=np.float32))
+        self._add(name, np.ascontiguousarray(values, dtype=np.float32))
 
     def attention(
         self,
@@ -130,6 +154,14 @@ class _Weights:
         if qk_norm:
             self.vector(prefix + "attn_q_norm.weight", head_dim, 1.5)
             self.vector(prefix + "attn_k_norm.weight", head_dim, 1.5)
+
+    def biased(self, name: str, ne0: int, ne1: int, gain: float = 1.0) -> None:
+        self.matrix(name + ".weight", ne0, ne1, gain)
+        self.vector(name + ".bias", ne1, 0.0)
+
+    def layer_norm(self, name: str, n: int) -> None:
+        self.vector(name + ".weight", n)
+        self.vector(name + ".bias", n, 0.0)
 
     def swiglu(self, prefix: str, d: int, hidden: int) -> None:
         self.matrix(prefix + "ffn_gate.weight", d, hidden)
@@ -164,6 +196,10 @@ def _vocabulary(tag_type: int) -> list[tuple[str, int]]:
     return tokens
 
 
+def _is_ascii(text: str, kind: int) -> bool:
+    return kind == _NORMAL and all(" " < char <= "~" or char == "\u0120" for char in text)
+
+
 def _add_tokenizer(w: GGUFWriter, vocabulary: Sequence[tuple[str, int]], *, add_bos: bool) -> None:
     texts = [text for text, _ in vocabulary]
     w.add_tokenizer_model("gpt2")
@@ -176,6 +212,16 @@ def _add_tokenizer(w: GGUFWriter, vocabulary: Sequence[tuple[str, int]], *, add_
     w.add_pad_token_id(texts.index(PAD))
     w.add_add_bos_token(add_bos)
     w.add_chat_template(CHAT_TEMPLATE)
+
+
+def _gain(token: str, says: str) -> float:
+    """How far a token's logits are spread: what spreads is often the largest."""
+    if says == "anything":
+        return 1.0
+    if token in TAGS:
+        return 2.0 if says == "tags" else 0.0
+    text = token.replace("\u0120", " ")
+    return float(text.isascii() and text.isprintable() and not text.startswith("<|"))
 
 
 # ---------------------------------------------------------- architectures
@@ -201,7 +247,7 @@ def _llama(w: GGUFWriter, t: _Weights, shape: _Shape) -> int:
     _common(w, shape, d, hidden)
     _heads(w, heads, kv, head_dim)
     w.add_rope_dimension_count(head_dim)
-    w.add_rope_freq_base(10000.0)
+    w.add_rope_freq_base(shape.rope_base)
     if shape.longrope:  # the long factors apply from a context of 2,048 tokens on
         w.add_string("llama.rope.scaling.type", "longrope")
         w.add_uint32("llama.rope.scaling.original_context_length", 2048)
@@ -220,7 +266,7 @@ def _gemma3(w: GGUFWriter, t: _Weights, shape: _Shape) -> int:
     d, heads, kv, head_dim, hidden = 64, 4, 2, 64, 128
     _common(w, shape, d, hidden)
     _heads(w, heads, kv, head_dim)
-    w.add_rope_freq_base(10000.0)
+    w.add_rope_freq_base(shape.rope_base)
     w.add_sliding_window(shape.window)
     w.add_array(
         "gemma3.attention.sliding_window_pattern",
@@ -267,7 +313,7 @@ def _lfm2(w: GGUFWriter, t: _Weights, shape: _Shape) -> int:
     is_attention = [layer % 2 == 1 for layer in range(shape.layers)]
     _common(w, shape, d, hidden)
     _heads(w, heads, [kv if here else 0 for here in is_attention], head_dim)
-    w.add_rope_freq_base(10000.0)
+    w.add_rope_freq_base(shape.rope_base)
     w.add_vocab_size(shape.n_vocab)
     w.add_uint32("lfm2.shortconv.l_cache", l_cache)
     for layer in range(shape.layers):
@@ -291,7 +337,7 @@ def _qwen35(w: GGUFWriter, t: _Weights, shape: _Shape) -> int:
     _common(w, shape, d, hidden)
     _heads(w, heads, kv, head_dim)
     w.add_rope_dimension_count(32)
-    w.add_rope_freq_base(10000.0)
+    w.add_rope_freq_base(shape.rope_base)
     w.add_array("qwen35.rope.dimension_sections", [6, 5, 5, 0])
     w.add_ssm_conv_kernel(conv)
     w.add_ssm_inner_size(inner)
@@ -319,12 +365,38 @@ def _qwen35(w: GGUFWriter, t: _Weights, shape: _Shape) -> int:
     return d
 
 
+def _bert(w: GGUFWriter, t: _Weights, shape: _Shape) -> int:
+    d, heads, hidden = 64, 4, 128
+    w.add_block_count(shape.layers)
+    w.add_context_length(shape.context_length)
+    w.add_embedding_length(d)
+    w.add_feed_forward_length(hidden)
+    w.add_head_count(heads)
+    w.add_layer_norm_eps(1e-5)
+    if shape.says_causal:
+        w.add_causal_attention(False)
+    w.add_token_type_count(2)
+    t.matrix("token_types.weight", d, 2, 1.0, np.float32)
+    t.matrix("position_embd.weight", d, shape.context_length, 1.0, np.float32)
+    t.layer_norm("token_embd_norm", d)
+    for layer in range(shape.layers):
+        prefix = f"blk.{layer}."
+        for name in ("attn_q", "attn_k", "attn_v", "attn_output"):
+            t.biased(prefix + name, d, d)
+        t.layer_norm(prefix + "attn_output_norm", d)
+        t.biased(prefix + "ffn_up", d, hidden)
+        t.biased(prefix + "ffn_down", hidden, d)
+        t.layer_norm(prefix + "layer_output_norm", d)
+    return d
+
+
 _BUILDERS: Final[dict[Arch, Callable[[GGUFWriter, _Weights, _Shape], int]]] = {
     "llama": _llama,
     "gemma3": _gemma3,
     "mamba": _mamba,
     "lfm2": _lfm2,
     "qwen35": _qwen35,
+    "bert": _bert,
 }
 
 
@@ -337,16 +409,32 @@ def write_tiny_gguf(
     window: int = 64,
     context_length: int = 8192,
     longrope: bool = False,
+    rope_base: float = 10000.0,
     head_dim: int = 64,
     tags: Literal["control", "user"] = "control",
     add_bos: bool = False,
+    tied: bool = False,
+    says_ascii: bool = False,
+    add_eos: bool = False,
+    pooling: int | None = None,
+    says: Literal["anything", "text", "tags"] = "anything",
+    says_causal: bool = True,
+    vocab_only: bool = False,
 ) -> Path:
     """Write a model of ``arch`` (0.4 to 1.4 MB) and return its path.
 
     ``window``: tokens of gemma3's sliding window. ``context_length``: what the metadata says
     the model was trained with. ``longrope``: llama with two sets of RoPE factors.
-    ``head_dim``: width of llama's attention heads. ``tags``: whether ``<think>`` and its like
-    are control tokens or user-defined ones. ``add_bos``: whether the model asks for a BOS.
+    ``rope_base``: frequency base of RoPE. ``head_dim``: width of llama's attention heads.
+    ``tags``: whether ``<think>`` and its like are control tokens or user-defined ones.
+    ``add_bos``: whether the model asks for a BOS.
+    ``tied``: the matrix that reads tokens also makes the logits.
+    ``says_ascii``: the logits of all other tokens than printable ASCII are zero, far from the 40
+    largest: random weights would say bytes that are no text, and none that survives a rendering.
+    ``add_eos``: whether the model asks for an EOS behind a text. ``pooling``: how its embeddings
+    are pooled, a number of llama.h. ``says``: what is drawn, with a ``min_p``: any token, printable
+    ASCII alone, or that and tags. ``says_causal``: whether bert's metadata says that its attention
+    is not causal. ``vocab_only``: leave all tensors out.
     """
     vocabulary = _vocabulary(_USER_DEFINED if tags == "user" else _CONTROL)
     shape = _Shape(
@@ -356,20 +444,110 @@ def write_tiny_gguf(
         window=window,
         context_length=context_length,
         longrope=longrope,
+        rope_base=rope_base,
         head_dim=head_dim,
         n_vocab=len(vocabulary),
+        says_causal=says_causal,
     )
     writer = GGUFWriter(path, arch)
     writer.add_name(f"tiny-{arch}-{seed}")
     _add_tokenizer(writer, vocabulary, add_bos=add_bos)
-    weights = _Weights(writer, seed)
+    if add_eos:
+        writer.add_add_eos_token(True)
+    if pooling is not None:
+        writer.add_uint32(f"{arch}.pooling_type", pooling)
+    weights = _Weights(writer, seed, there=not vocab_only)
     d = _BUILDERS[arch](writer, weights, shape)
     weights.matrix("token_embd.weight", d, shape.n_vocab, float(np.sqrt(d)))
-    weights.matrix("output.weight", d, shape.n_vocab, 3.0)
-    norm = "token_embd_norm.weight" if arch == "lfm2" else "output_norm.weight"
-    weights.vector(norm, d)
+    if arch != "bert":
+        if says_ascii:
+            keep = [_is_ascii(*token) for token in vocabulary]
+            weights.matrix("output.weight", d, shape.n_vocab, 3.0, keep=keep)
+        elif not tied:
+            weights.output(d, [_gain(token, says) for token, _ in vocabulary])
+        norm = "token_embd_norm.weight" if arch == "lfm2" else "output_norm.weight"
+        weights.vector(norm, d)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+LLAMA_SHAPES: Final[Mapping[str, tuple[int, int]]] = {
+    "attn_q": (64, 256),
+    "attn_k": (64, 128),
+    "attn_v": (64, 128),
+    "attn_output": (256, 64),
+    "ffn_gate": (64, 128),
+    "ffn_up": (64, 128),
+    "ffn_down": (128, 64),
+}
+"""Matrices of a layer of the llama model that an adapter can change, in ggml's order."""
+
+
+def write_tiny_lora(
+    path: Path,
+    *,
+    seed: int = 0,
+    layers: int = 4,
+    rank: int = 4,
+    targets: Sequence[str] = ("attn_k", "attn_v"),
+    metadata: Mapping[str, Any] | None = None,
+    tensors: Mapping[str, tuple[int, ...]] | None = None,
+    fill: float | None = None,
+) -> Path:
+    """Write an adapter for the llama model (26 KB) and return its path.
+
+    ``targets``: the matrices of each layer that it changes. ``metadata``: values (strings,
+    floats, integers, lists) that are written in place of the usual ones, or None to leave a key
+    out. ``tensors``: shapes, in ggml's order, of tensors that are written instead of the usual
+    ones or besides them; an empty shape leaves one out. ``fill``: what every weight is, instead
+    of a random number.
+    """
+    values: dict[str, Any] = {
+        "general.architecture": "llama",
+        "general.type": "adapter",
+        "adapter.type": "lora",
+        "adapter.lora.alpha": float(rank),
+        **(metadata or {}),
+    }
+    shapes: dict[str, tuple[int, ...]] = {}
+    for layer in range(layers):
+        for target in targets:
+            name = f"blk.{layer}.{target}.weight"
+            ne0, ne1 = LLAMA_SHAPES[target]
+            shapes[f"{name}.lora_a"] = (ne0, rank)
+            shapes[f"{name}.lora_b"] = (rank, ne1)
+    shapes.update(tensors or {})
+    writer = GGUFWriter(path, "llama")
+    writer.kv_data[0].clear()  # it writes the architecture by itself
+    for key, value in values.items():
+        if value is not None:
+            _add_value(writer, key, value)
+    weights = _Weights(writer, seed, there=True)
+    for name, shape in shapes.items():
+        if not shape:
+            continue
+        size = tuple(reversed(shape))
+        if fill is None:
+            numbers = weights._rng(name).standard_normal(size) / np.sqrt(shape[0])
+        else:
+            numbers = np.full(size, fill)
+        weights.exact(name, numbers)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _add_value(writer: GGUFWriter, key: str, value: Any) -> None:
+    if isinstance(value, str):
+        writer.add_string(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    else:
+        writer.add_array(key, value)

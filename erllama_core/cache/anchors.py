@@ -115,6 +115,11 @@ class TextKeys:
             digests.append(self._state.digest())
         return b"".join(digests[-MAX_ANCHORS:])
 
+    def points(self) -> list[int]:
+        """Positions before and after control tokens, ascending."""
+        self.catch_up()
+        return [position for position, _ in self._points]
+
     def probes(self, beyond: int) -> list[tuple[int, bytes]]:
         """Positions after ``beyond``, and their digests, last first; none without control tokens.
 

@@ -6,20 +6,23 @@ of the caller's own. A model's worker uses it through a :class:`~.space.ModelSpa
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Self
 
+from erllama_core.cache.budget import Hold, MemoryBudget, MemoryUse
 from erllama_core.cache.catalog import MARKS_SHARE, Catalog, Evicted
 from erllama_core.cache.counters import Counters
 from erllama_core.cache.discovery import Discovery, Wanted
-from erllama_core.cache.flow import Flow
+from erllama_core.cache.flow import Flow, Route
 from erllama_core.cache.index import Entry
 from erllama_core.cache.loader import Fetch, Loader
 from erllama_core.cache.lookup import Match
 from erllama_core.cache.meta import BlockMeta
+from erllama_core.cache.named import NamedObjects
 from erllama_core.cache.pages import PagePool
 from erllama_core.cache.pinning import Pinning, not_whole
 from erllama_core.cache.pins import Pinned
@@ -54,6 +57,9 @@ MAX_INFLIGHT_BYTES: Final = 256 << 20
 READ_TIMEOUT_S: Final = 5.0
 WRITE_TIMEOUT_S: Final = 30.0
 POOL_IDLE_BYTES: Final = 64 << 20
+SHIPPED_KINDS: Final = frozenset({"ram", "ram_file", "disk", "redis"})
+"""May be named also where there is no tier of that kind: "what is in memory" is the same words
+everywhere."""
 _PIN_PATIENCE_S: Final = 10.0
 """What is to be pinned may have to be written first, or found by the scan."""
 
@@ -62,7 +68,10 @@ class Cache:
     """Objects in tiers, found by content. Thread-safe; a context manager.
 
     Opening starts a scan of the tiers in the background. With ``upkeep``, what other processes
-    do in shared tiers is followed, and they are kept to their quota. ``on_event`` is told what
+    do in shared tiers is followed, and they are kept to their quota. ``memory_budget_bytes``
+    bounds state in this process's memory, with what others set aside in :attr:`budget`; beyond
+    it what is worth least gives way, and what finds no room then is not saved, or computed
+    instead of read. ``on_event`` is told what
     becomes of objects, on whatever thread it happens; it must not wait. After a fork the child
     must open a cache of its own: every use of the parent's raises EngineClosed there.
     """
@@ -78,14 +87,19 @@ class Cache:
         write_timeout_s: float = WRITE_TIMEOUT_S,
         marks_share: float = MARKS_SHARE,
         upkeep: bool = True,
+        memory_budget_bytes: int | None = None,
         on_event: Callable[[CacheEvent], None] | None = None,
     ) -> None:
         self._pid: Final = os.getpid()
         self._closing: Final = threading.Lock()
         self._closed = False
         self._write_timeout_s: Final = write_timeout_s
-        self._catalog: Final = Catalog(tiers, PagePool(POOL_IDLE_BYTES), marks_share)
+        self.budget: Final = MemoryBudget(memory_budget_bytes, max_inflight_bytes)
+        self._quota_holds: Final[dict[str, Hold | None]] = {}
+        """By their names, what is set aside for tiers on a tmpfs."""
+        self._catalog: Final = Catalog(tiers, PagePool(POOL_IDLE_BYTES, self.budget), marks_share)
         self._catalog.on_event = on_event
+        self._set_aside_for_tmpfs()
         self._pinning: Final = Pinning(self._catalog)
         self.loader_threads: Final = loader_threads
         self._loader: Final = Loader(
@@ -182,9 +196,43 @@ class Cache:
         catalog = self._open()
         return [usage_of(catalog, store) for store in catalog.stores.values()]
 
+    def memory(self) -> MemoryUse:
+        """What is counted of this process's memory; waits for nothing."""
+        return MemoryUse(
+            budget_bytes=self.budget.limit_bytes,
+            pages_bytes=self.budget.pages_bytes,
+            idle_bytes=self._catalog.pool.idle_bytes,
+            holders=self.budget.holders(),
+        )
+
     def tier_names(self) -> tuple[str, ...]:
         """The names of the opened tiers."""
         return tuple(self._catalog.stores)
+
+    def can_change_quota(self, tier: str) -> bool:
+        """Whether :meth:`set_quota` works for an open tier. Raises ValueError for no tier."""
+        return self._open().store(tier).quota is not None
+
+    def set_quota(self, tier: str, quota_bytes: int | None) -> None:
+        """Give a tier another quota; what is beyond it is evicted, least worth first.
+
+        None: what the kind makes of a missing ``quota_bytes``. Of a shared tier the janitor
+        evicts, which may be another process, and later. Raises ValueError for an unknown tier
+        and for one that cannot change its quota.
+        """
+        catalog = self._open()
+        store = catalog.store(tier)
+        if store.quota is None:
+            raise ValueError(f"the tier {tier!r} cannot change its quota while it is open")
+        store.quota.set_quota(quota_bytes)
+        if store.name in self._quota_holds:
+            self._set_quota_aside(store)
+        if store.shared is not None:
+            store.upkeep_due.set()
+            return
+        usage = store.usage()
+        if usage.quota_bytes is not None and usage.used_bytes > usage.quota_bytes:
+            catalog.make_room(store, usage.used_bytes - usage.quota_bytes)
 
     # ---------------------------------------------------------- pins and eviction
 
@@ -223,16 +271,54 @@ class Cache:
         """Free at least ``n_bytes``, least worth first, from the tiers named (None: all).
 
         ``tiers`` holds names or kinds. Frees less when no more can go: what is in use or
-        pinned stays. Raises ValueError for a name that no tier has.
+        pinned stays. Raises ValueError for a name that is neither a tier's nor a kind's.
         """
         catalog = self._open()
         if isinstance(tiers, str):
             tiers = (tiers,)
         known = {word for store in catalog.stores.values() for word in (store.name, store.kind)}
+        known |= SHIPPED_KINDS
         for name in tiers or ():
             if name not in known:
                 raise ValueError(unknown_name("tier", name, known))
         return self._evict(n_bytes, tiers, for_good=False)
+
+    def free_memory(self, n_bytes: int, tiers: Sequence[str]) -> Evicted:
+        """Give at least ``n_bytes`` back to the system: idle buffers, then objects of these tiers.
+
+        ``tiers`` holds names or kinds, in the order in which they give way; what no tier has is
+        passed over. Unlike :meth:`evict_bytes` this hands nothing on to another tier in memory.
+        Idle buffers are counted in ``bytes``.
+        """
+        return self._open().free_memory(n_bytes, self._named(tiers))
+
+    def free_pages(self, n_bytes: int) -> Evicted:
+        """:meth:`free_memory` of all tiers in this process's memory: those that keep pages."""
+        catalog = self._open()
+        return catalog.free_memory(
+            n_bytes, [store for store in catalog.stores.values() if store.keeps is not None]
+        )
+
+    def any_lasts(self, tiers: Sequence[str]) -> bool:
+        """Whether any of these tiers is no memory of this machine."""
+        return any(not store.is_volatile for store in self._named(tiers))
+
+    def held_bytes(self, tiers: Sequence[str]) -> int:
+        """What :meth:`free_memory` could free at most."""
+        catalog = self._open()
+        held = catalog.pool.idle_bytes
+        for store in self._named(tiers):
+            with contextlib.suppress(CacheError):
+                held += store.usage().used_bytes
+        return held
+
+    def _named(self, tiers: Sequence[str]) -> list[TierStore]:
+        stores = self._open().stores.values()
+        return list(
+            dict.fromkeys(
+                store for name in tiers for store in stores if name in (store.name, store.kind)
+            )
+        )
 
     def _evict(self, n_bytes: int, tiers: Sequence[str] | None, *, for_good: bool) -> Evicted:
         catalog = self._open()
@@ -314,6 +400,10 @@ class Cache:
         """See :meth:`Loader.fetch`."""
         return self._loader.fetch(match, tiers, promote_to, done)
 
+    def named_objects(self, route: Route) -> NamedObjects:
+        """Objects under names of the caller's own, in the tiers of a route."""
+        return NamedObjects(self._catalog, self._flow, self._loader, route)
+
     def disown(self, entry: Entry, reason: str) -> None:
         """Forget an object at once, and have its tiers delete it, on a thread that may do I/O."""
         catalog = self._catalog
@@ -343,6 +433,20 @@ class Cache:
         return self._discovery.start(wanted, tiers, then)
 
     # ------------------------------------------------------------------- inside
+
+    def _set_aside_for_tmpfs(self) -> None:
+        """Files on a tmpfs are memory, and any process may fill a tier's quota with them."""
+        for store in self._catalog.stores.values():
+            if store.is_volatile and store.keeps is None:
+                self._set_quota_aside(store)
+
+    def _set_quota_aside(self, store: TierStore) -> None:
+        with contextlib.suppress(CacheError):
+            quota = store.usage().quota_bytes or 0
+            hold = self.budget.hold(f"tier {store.name!r}", quota, beyond=True)
+            before, self._quota_holds[store.name] = self._quota_holds.get(store.name), hold
+            if before is not None:
+                before.release()
 
     def _settle(self) -> None:
         self.flush(_PIN_PATIENCE_S)

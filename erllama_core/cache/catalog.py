@@ -15,7 +15,7 @@ from erllama_core.cache.index import Copy, Entry, Index
 from erllama_core.cache.pages import PagePool
 from erllama_core.cache.pins import TierPins
 from erllama_core.cache.tiers import NamedTier, TierStore
-from erllama_core.errors import CacheError, TierFull, unknown_name
+from erllama_core.errors import CacheError, TierError, TierFull, unknown_name
 from erllama_core.interfaces.block import ObjectId, ObjectKind
 from erllama_core.interfaces.log import get_logger
 from erllama_core.interfaces.telemetry import CacheAction, CacheEvent
@@ -28,6 +28,9 @@ log = get_logger("erllama.cache")
 MARKS_SHARE: Final = 1 / 16
 """Of a tier's quota. A mark is 8 KB beside megabytes of state: this is room for all of them,
 unless contexts are tiny or a model needs marks of its whole vocabulary."""
+
+
+_PIECE: Final = 16 << 20
 
 
 @attrs.frozen
@@ -56,6 +59,7 @@ class Catalog:
         self.index: Final = Index()
         self.counters: Final = CounterSet()
         self.pool: Final = pool
+        pool.reclaim = self._reclaim
         self.stores: Final = {tier.name: TierStore(tier, self.counters) for tier in tiers}
         self.pins: Final = {store: TierPins(store, self.index) for store in self.stores.values()}
         self.queues: Final = {
@@ -64,10 +68,11 @@ class Catalog:
         }
         self.marks_share: Final = marks_share
         self.before_deletion: Callable[
-            [TierStore, Sequence[tuple[Entry, Copy]]], Sequence[Callable[[], None]]
+            [TierStore, Sequence[tuple[Entry, Copy]], bool], Sequence[Callable[[], None]]
         ] = _pass_nothing_on
-        """Called under the lock with what is evicted, which is in the tier still; what it
-        returns is called without the lock, before anything is deleted."""
+        """Called under the lock with what is evicted, which is in the tier still, and whether it
+        must not go to another tier in memory; what it returns is called without the lock, before
+        anything is deleted."""
         self.on_event: Callable[[CacheEvent], None] | None = None
         """Told of objects that come into tiers, do not, and leave them; must not wait."""
         self.clock: Callable[[], int] = time.time_ns
@@ -107,8 +112,12 @@ class Catalog:
         """
         size = len(head) + len(payload if isinstance(payload, memoryview) else payload.view)
         supports = self._use_supports(store, entry)
+        own: Pages | None = None
         try:
             self._make_room(store, entry, size, use)
+            if isinstance(payload, memoryview) and store.keeps is not None:
+                # Rows are counted and given back as pages, whoever they come from.
+                own = payload = self._copied(payload)
             try:
                 self._write(store, entry, head, payload, save_reason, durable, use)
             except TierFull:
@@ -117,9 +126,20 @@ class Catalog:
                     raise
                 self._write(store, entry, head, payload, save_reason, durable, use)
         finally:
+            if own is not None:
+                own.release()
             with self.lock:
                 for support, copy in supports:
                     self.let_go(support, copy)
+
+    def _copied(self, payload: memoryview) -> Pages:
+        """Pages with these bytes. Raises MemoryBudgetExceeded, TierError."""
+        try:
+            pages = self.pool.acquire(len(payload))
+        except OSError as error:
+            raise TierError(f"no memory for {len(payload)} bytes: {error}") from error
+        pages.view[:] = payload.cast("B")
+        return pages
 
     def _use_supports(self, store: TierStore, entry: Entry) -> list[tuple[Entry, Copy]]:
         with self.lock:
@@ -130,7 +150,15 @@ class Catalog:
         return used
 
     def _make_room(self, store: TierStore, entry: Entry, size: int, use: Use | None) -> None:
-        """Evict until an object fits into the quota, and a mark into the marks' share of it."""
+        """Evict until an object fits into the quota, and a mark into the marks' share of it.
+
+        A row in memory besides leaves room for the next buffers in the memory budget: nobody who
+        saves should have to make it.
+        """
+        if store.keeps is not None:
+            crowded = self.pool.budget.crowded(self.pool.idle_bytes)
+            if crowded:
+                self.evict(store, crowded, worth_less_than=use, pinned=use is None)
         usage = store.usage()
         quota = usage.quota_bytes
         if quota is None:
@@ -301,11 +329,13 @@ class Catalog:
         ``orphan_since_ns``: since when what stands on it could not be found anyway.
         """
         if not entry.copies and entry.pages is None:
-            for orphan in self.index.remove(entry):
-                for copy in orphan.copies:
+            for moved in self.index.remove(entry):
+                is_orphan = self.index.is_orphan(moved)
+                for copy in moved.copies:
                     queue = self.queues[copy.tier]
-                    queue.orphaned(orphan, self.clock(), orphan_since_ns)
-                    queue.offer(orphan)
+                    if is_orphan:
+                        queue.orphaned(moved, self.clock(), orphan_since_ns)
+                    queue.offer(moved)
 
     def touch(self, entries: Sequence[Entry]) -> None:
         """Note that a context's objects, in its order, were used.
@@ -357,14 +387,16 @@ class Catalog:
         *,
         worth_less_than: Use | None = None,
         for_good: bool = False,
+        out_of_memory: bool = False,
         pinned: bool = False,
         spared: list[Entry] | None = None,
     ) -> Evicted:
         """Free at least ``n_bytes`` in one tier, least worth first; less when no more can go.
 
-        ``for_good``: what goes is not passed on to another tier. ``pinned``: of what is pinned,
-        too, once there is nothing else. With ``spared``, objects that turn out to have been used
-        by other processes stay, and are appended to it.
+        ``for_good``: what goes is not passed on to another tier; ``out_of_memory``: to none that
+        is in memory. ``pinned``: of what is pinned, too, once there is nothing else. With
+        ``spared``, objects that turn out to have been used by other processes stay, and are
+        appended to it.
         """
         queue = self.queues[store]
         below_ns = None if worth_less_than is None else worth_less_than.score_ns
@@ -374,7 +406,32 @@ class Catalog:
             lambda: queue.next(self.clock(), pinned=pinned, below_ns=below_ns),
             for_good,
             spared,
+            out_of_memory,
         )
+
+    def free_memory(self, n_bytes: int, stores: Iterable[TierStore]) -> Evicted:
+        """Give memory back to the system: idle buffers, then what these tiers hold, in order.
+
+        What goes is passed on to tiers that are no memory alone. Frees less when no more can go.
+        """
+        freed, rows = self.pool.clear(), 0
+        for store in stores:
+            while freed < n_bytes:
+                # A piece at a time: the lock is held while victims are chosen.
+                evicted = self.evict(store, min(n_bytes - freed, _PIECE), out_of_memory=True)
+                freed += evicted.bytes
+                rows += evicted.rows
+                if not evicted.rows:
+                    break
+        self.pool.clear()
+        return Evicted(rows, freed)
+
+    def _reclaim(self, n_bytes: int) -> None:
+        """The memory budget lacks so much for new pages: what is worth least gives way."""
+        left = n_bytes
+        for store in self.stores.values():
+            if store.keeps is not None and left > 0:
+                left -= self.evict(store, left, out_of_memory=True).bytes
 
     def _remove_marks(self, store: TierStore, n_bytes: int, use: Use | None) -> Evicted:
         queue = self.queues[store]
@@ -388,6 +445,7 @@ class Catalog:
         choose: Callable[[], Victim | None],
         for_good: bool,
         spared: list[Entry] | None = None,
+        out_of_memory: bool = False,
     ) -> Evicted:
         victims: list[Victim] = []
         reads: list[Callable[[], None]] = []
@@ -395,7 +453,9 @@ class Catalog:
         with self.lock:
             while chosen < n_bytes and (victim := choose()) is not None:
                 if not for_good:
-                    reads += self.before_deletion(store, ((victim.entry, victim.copy),))
+                    reads += self.before_deletion(
+                        store, ((victim.entry, victim.copy),), out_of_memory
+                    )
                 self._take_out(store, victim.entry, victim.copy, victim.orphan_since_ns)
                 victims.append(victim)
                 chosen += victim.copy.size_bytes
@@ -471,6 +531,6 @@ def _close(store: TierStore) -> None:
 
 
 def _pass_nothing_on(
-    _: TierStore, __: Sequence[tuple[Entry, Copy]]
+    _: TierStore, __: Sequence[tuple[Entry, Copy]], ___: bool
 ) -> Sequence[Callable[[], None]]:
     return ()

@@ -47,17 +47,24 @@ class Counters:
     saves_shutdown: int = 0
     saves_dropped: int = 0
     """Objects that no tier took: too many bytes on their way, no room, or trouble."""
+    saves_over_budget: int = 0
+    """Of these, the ones for which ``memory_budget_bytes`` had no room."""
     promotions: int = 0
     """Objects read from one tier that are kept in a nearer one as well."""
     demotions: int = 0
     """Objects that were handed to the tier below when they were evicted from one."""
     evictions: int = 0
+    thinned: int = 0
+    """Snapshots that were removed since others of their context do as well."""
     corrupt: int = 0
     """Objects that were not what they claimed to be; they were dropped."""
     tier_errors: int = 0
     """Failed tier operations."""
     reads_given_up: int = 0
     """Loads that took longer than ``read_timeout_ms``; the prompt was computed instead."""
+    loads_over_budget: int = 0
+    """Objects that were not read because ``memory_budget_bytes`` had no room for them; the prompt
+    was computed instead."""
     state_rejected: int = 0
     """Restores that the backend refused."""
     gated: int = 0

@@ -46,7 +46,7 @@ def wanted_after(keys: ContextKeys, match: Match, kv_class: KVClass) -> Wanted |
     align = keys.align_tokens
     mark = [entry_at(keys, ObjectKind.LOGITS, n, n)]
     snapshot = [entry_at(keys, ObjectKind.SNAPSHOT, n, n)]
-    if kv_class is KVClass.WHOLE:
+    if kv_class is KVClass.WHOLE:  # of which the blocks hold nothing that is needed
         return [snapshot, mark] if n >= align else None
     covered = match.covered
     start = covered // align * align

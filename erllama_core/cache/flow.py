@@ -23,8 +23,8 @@ from erllama_core.cache.lanes import Lane, Work
 from erllama_core.cache.pages import PooledPages
 from erllama_core.cache.reading import read_object
 from erllama_core.cache.tiers import TierStore
-from erllama_core.errors import BlockNotFound, CacheError
-from erllama_core.interfaces.block import ObjectId, encode_header
+from erllama_core.errors import BlockNotFound, CacheError, MemoryBudgetExceeded
+from erllama_core.interfaces.block import KEY_BYTES, ObjectId, encode_header
 from erllama_core.interfaces.log import get_logger
 from erllama_core.interfaces.tier import Pages
 
@@ -116,10 +116,11 @@ class _Passage:
                     end=entry.end,
                     namespace=entry.namespace,
                     key=entry.object_id.key,
-                    segment_key=entry.segment_key,
+                    segment_key=entry.segment_key or bytes(KEY_BYTES),
                     lead_tokens=entry.lead,
                     tokens=entry.tokens,
-                    align_tokens=self.align_tokens,
+                    # What stands in no tree of blocks was not cut anywhere.
+                    align_tokens=self.align_tokens if entry.segment_key else 0,
                     payload=self.pages.view,
                     info=self._info(),
                 )
@@ -182,7 +183,9 @@ class Flow:
                 return SaveBuffer(self._catalog.pool.acquire(size), tuple(tiers))
             except BaseException as error:
                 self._unreserve(tiers, size)
-                if not isinstance(error, OSError):
+                if isinstance(error, MemoryBudgetExceeded):
+                    self._catalog.counters.add("saves_over_budget")
+                elif not isinstance(error, OSError):
                     raise
         self._catalog.counters.add("saves_dropped")
         return None
@@ -310,19 +313,19 @@ class Flow:
         return None, ()
 
     def _demote(
-        self, store: TierStore, victims: Sequence[tuple[Entry, Copy]]
+        self, store: TierStore, victims: Sequence[tuple[Entry, Copy]], out_of_memory: bool
     ) -> list[Callable[[], None]]:
         """Pass evicted objects to the tier below, as far as it has room for them on their way.
 
-        Called under the catalog's lock, before they are deleted. What must be read first is
-        returned, to be done without the lock.
+        ``out_of_memory``: to one that is no memory. Called under the catalog's lock, before they
+        are deleted. What must be read first is returned, to be done without the lock.
         """
         reads: list[Callable[[], None]] = []
         for entry, copy in victims:
             route, lower = self._way_down(store, entry)
-            if route is None:
+            target = next((one for one in lower if not (out_of_memory and one.is_volatile)), None)
+            if route is None or target is None:
                 continue
-            target = lower[0]
             if not self._lanes[target].reserve(copy.size_bytes):
                 self._drop(target)
                 continue

@@ -353,9 +353,10 @@ class Index:
         return entry
 
     def remove(self, entry: Entry) -> list[Entry]:
-        """Forget an object that no tier has; what hung on it finds another block, or is returned.
+        """Forget an object that no tier has; what hung on it, at whatever distance, is returned.
 
-        What is returned are orphans now.
+        That hangs on another block now, or is an orphan; and what hung on it in turn may hang
+        elsewhere, so that nothing needs it any longer.
         """
         key = entry.object_id.key
         ending = _each(self._ending.get(key, ()))
@@ -393,7 +394,7 @@ class Index:
                     _remove_sorted(known.snapshots, entry)
                     loose += left
         self._tidy(segment_key)
-        return [other for other in loose if self.is_orphan(other)]
+        return loose
 
     # --------------------------------------------------------- what stands on what
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Final
 
 from erllama_core.cache.anchors import TextKeys
 from erllama_core.interfaces.block import FORMAT_VERSION, TOKEN_BYTES, Bytes
 
 _LENGTH: Final = struct.Struct("<Q")
+_SCALE: Final = struct.Struct("<f")
 
 FieldValue = str | int | float | bool | bytes
 
@@ -30,6 +31,18 @@ def digest_fields(purpose: str, fields: Mapping[str, FieldValue]) -> bytes:
             kind = type(value).__name__.encode().ljust(8, b"\0")
             digest.update(kind + _LENGTH.pack(len(encoded)) + encoded)
     return digest.digest()
+
+
+def adapted(namespace: bytes, adapters: Iterable[tuple[bytes, float]]) -> bytes:
+    """The namespace of a model with adapters; without any, that of the model itself.
+
+    Each adapter is its fingerprint, 32 bytes, and its scale, which counts as the 32-bit float
+    that backends compute with. Their order does not matter.
+    """
+    parts = sorted(fingerprint + _SCALE.pack(scale) for fingerprint, scale in adapters)
+    if not parts:
+        return namespace
+    return digest_fields("adapters", {"namespace": namespace, "adapters": b"".join(parts)})
 
 
 def salted(namespace: bytes, salt: str | None) -> bytes:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import Final, TypeVar
 
 import attrs
 
@@ -20,12 +21,19 @@ from erllama_core.cache.lookup import Match
 from erllama_core.cache.marks import decode_mark
 from erllama_core.cache.reading import read_object
 from erllama_core.cache.tiers import TierStore
-from erllama_core.errors import BlockNotFound, CacheError, CorruptBlock
+from erllama_core.errors import (
+    BlockNotFound,
+    CacheError,
+    CorruptBlock,
+    MemoryBudgetExceeded,
+)
 from erllama_core.interfaces.backend import Mark, RangeImport
 from erllama_core.interfaces.log import get_logger
 from erllama_core.interfaces.tier import Pages
 
 log = get_logger("erllama.cache")
+
+_T = TypeVar("_T")
 
 _REST_S: Final = 1.0
 """How long a copy that could not be read is left alone."""
@@ -164,6 +172,33 @@ class Loader:
             )
         return None
 
+    def read(self, store: TierStore, read: Callable[[], _T]) -> _T | None:
+        """Run a read on one of a tier's threads, and wait for it as long as a fetch may last.
+
+        None when the tier hangs. What ``read`` raises is raised here.
+        """
+        if store.rests_until_s > time.monotonic() or not self._answers(store):
+            return None
+        done: queue.SimpleQueue[_T | Exception | None] = queue.SimpleQueue()
+
+        def run() -> None:
+            try:
+                done.put(read())
+            except Exception as error:  # noqa: BLE001 - it is raised where it is waited for
+                done.put(error)
+
+        self._lanes[store].submit(Work(run, functools.partial(done.put, None)))
+        try:
+            result = done.get(timeout=self._timeout_s)
+        except queue.Empty:
+            self._catalog.counters.add("reads_given_up")
+            store.rests_until_s = time.monotonic() + _TIER_REST_S
+            store.note_hanging()
+            return None
+        if isinstance(result, Exception):
+            raise result
+        return result
+
     def close(self) -> list[TierStore]:
         """Finish the reads under way and stop the threads; the tiers that hang."""
         hanging = [store for store, lane in self._lanes.items() if lane.close(self._timeout_s)]
@@ -224,7 +259,9 @@ class Loader:
             self._catalog.forget_copy(store, part.entry)
         except CorruptBlock as error:
             self._catalog.discard_corrupt(store, part.entry.object_id, error.reason)
-        except CacheError:
+        except CacheError as error:
+            if isinstance(error, MemoryBudgetExceeded):
+                self._catalog.counters.add("loads_over_budget")
             # It is there still: another attempt goes without it, a later request may try.
             if part.copy is not None:
                 part.copy.rests_until_s = time.monotonic() + _REST_S

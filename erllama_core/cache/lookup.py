@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Final
 
 import attrs
@@ -106,7 +106,9 @@ class Finder:
         last token is left to compute, as its logits are needed.
         """
         n = len(keys)
-        covered, pieces = (0, []) if self._class is KVClass.WHOLE else self.chain(keys, n)
+        covered, pieces = self.chain(keys, n)
+        if self._class is KVClass.WHOLE:
+            pieces = []  # they name tokens, and hold no state
         mark = self._mark(keys, n) if may_sample else None
         if self._class is KVClass.SPAN:
             if mark is not None and covered == n:
@@ -178,16 +180,19 @@ class Finder:
 
     def _snapshot(self, keys: ContextKeys, reach: int) -> Entry | None:
         """The last readable snapshot along the context, at ``reach`` or before."""
+        return next(filter(self.readable, self.snapshots(keys, reach)), None)
+
+    def snapshots(self, keys: ContextKeys, reach: int) -> Iterator[Entry]:
+        """All snapshots along the context, the last one at ``reach`` or before it first."""
         position = keys.segment_start(reach)
         while reach > 0:
-            segment = self._index.segment(keys.key(position))
-            if segment is not None:
+            segment = self._index.segment_or_block(keys.key(position))
+            if isinstance(segment, Segment):
                 for entry in segment.nearest_snapshot(keys.slice(position, reach)):
-                    if self.readable(entry) and entry.object_id.key == keys.key(entry.end):
-                        return entry
+                    if entry.object_id.key == keys.key(entry.end):
+                        yield entry
             reach = position
             position = keys.segment_start(reach)
-        return None
 
 
 def entry_at(

@@ -7,8 +7,11 @@ import mmap
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Final
+
+from erllama_core.cache.budget import MemoryBudget
+from erllama_core.errors import MemoryBudgetExceeded
 
 _MADV_POPULATE_WRITE: Final = 23
 """Linux 5.14 and later (madvise(2)); the mmap module has no name for it."""
@@ -86,11 +89,15 @@ class PooledPages:
 class PagePool:
     """Gives out pages and keeps some of those that come back; thread-safe.
 
-    Of what is kept the oldest goes first, back to the system.
+    Of what is kept the oldest goes first, back to the system. Whatever is mapped is counted in
+    ``budget``, kept or not.
     """
 
-    def __init__(self, max_idle_bytes: int) -> None:
+    def __init__(self, max_idle_bytes: int, budget: MemoryBudget | None = None) -> None:
         self._max_idle_bytes: Final = max_idle_bytes
+        self.budget: Final = MemoryBudget() if budget is None else budget
+        self.reclaim: Callable[[int], object] = _nothing
+        """Called for so many bytes that the budget lacks; may make holders release theirs."""
         self._lock = threading.Lock()
         self._idle: deque[mmap.mmap] = deque()
         self._idle_bytes = 0
@@ -101,18 +108,47 @@ class PagePool:
         return self._idle_bytes
 
     def acquire(self, size: int) -> PooledPages:
-        """Writable pages for ``size`` bytes; their contents are arbitrary. Raises OSError."""
+        """Writable pages for ``size`` bytes; their contents are arbitrary.
+
+        Raises MemoryBudgetExceeded, and OSError when the system has none.
+        """
         needed = _capacity(size)
         pages = self._take(needed)
-        return PooledPages(self, _map(needed) if pages is None else pages, size)
+        if pages is None and not self.budget.take(needed):
+            pages = self._make_room(needed)
+        return PooledPages(self, self._map(needed) if pages is None else pages, size)
+
+    def _make_room(self, needed: int) -> mmap.mmap | None:
+        """Pages that came back, or room in the budget for new ones.
+
+        What waits is given up first, then what the pages' holders can do without.
+        """
+        self.clear()
+        if self.budget.take(needed):
+            return None
+        self.reclaim(self.budget.missing(needed))
+        pages = self._take(needed)
+        if pages is not None:
+            return pages
+        self.clear()
+        if self.budget.take(needed):
+            return None
+        raise MemoryBudgetExceeded(f"no room for {needed} bytes of state: {self.budget}")
+
+    def _map(self, counted: int) -> mmap.mmap:
+        try:
+            return _map(counted)
+        except BaseException:
+            self.budget.give(counted)
+            raise
 
     def prepare(self, sizes: Iterable[int]) -> None:
         """Map pages for requests of these sizes ahead of time, as far as the pool keeps them."""
         for size in sizes:
             needed = _capacity(size)
-            if self._idle_bytes + needed > self._max_idle_bytes:
+            if self._idle_bytes + needed > self._max_idle_bytes or not self.budget.take(needed):
                 return
-            self._give_back(_map(needed))
+            self._give_back(self._map(needed))
 
     def _take(self, needed: int) -> mmap.mmap | None:
         most = needed + needed // _WASTE
@@ -126,15 +162,26 @@ class PagePool:
 
     def _give_back(self, pages: mmap.mmap) -> None:
         if len(pages) > self._max_idle_bytes:
+            self.budget.give(len(pages))
             return
+        unmapped = 0
         with self._lock:
             self._idle.append(pages)
             self._idle_bytes += len(pages)
             while self._idle_bytes > self._max_idle_bytes or len(self._idle) > _MAX_IDLE:
-                self._idle_bytes -= len(self._idle.popleft())
+                size = len(self._idle.popleft())
+                self._idle_bytes -= size
+                unmapped += size
+        self.budget.give(unmapped)
 
-    def clear(self) -> None:
-        """Return the idle pages to the system."""
+    def clear(self) -> int:
+        """Return the idle pages to the system; their bytes."""
         with self._lock:
+            unmapped, self._idle_bytes = self._idle_bytes, 0
             self._idle.clear()
-            self._idle_bytes = 0
+        self.budget.give(unmapped)
+        return unmapped
+
+
+def _nothing(_: int) -> None:
+    """Nobody has pages to spare."""

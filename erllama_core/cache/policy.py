@@ -2,11 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Final, Literal
 
 import attrs
 
+from erllama_core.providers import ByteSize
+
 WriteMode = Literal["through", "back"]
+
+
+LIVE_POLICY: Final = frozenset(
+    {
+        "min_tokens",
+        "cold_min_tokens",
+        "cold_max_tokens",
+        "continued_interval",
+        "snapshot_interval",
+        "snapshot_bytes_max",
+        "boundary_trim_tokens",
+        "prefill_chunk_size",
+        "stall_target_ms",
+        "evict_save_timeout_ms",
+    }
+)
+"""Fields that can change while a model is loaded. Another ``boundary_align_tokens`` would make
+its stored state unreadable, and the rest is settled when it joins the cache."""
 
 
 @attrs.frozen(kw_only=True)
@@ -24,7 +44,13 @@ class SavePolicy:
     """No more than this much of a prompt is saved while it is computed. None: all of it."""
     continued_interval: int = 256
     """A reply is saved when it has grown by this much and by a whole block. 0: only when it is
-    finished, which is also when models are saved whose state cannot be cut."""
+    finished."""
+    snapshot_interval: int = 512
+    """About how far apart snapshots are taken of a prompt, for models whose state cannot be cut.
+    0: only at its end and where it opens the reply."""
+    snapshot_bytes_max: ByteSize = ByteSize(512 << 20)  # noqa: RUF009 - an int, and frozen
+    """What the snapshots along one context take at most in each tier; three are kept in any
+    case."""
     boundary_trim_tokens: int = 0
     """So many tokens at the end of a prompt are not saved while it is computed, nor is what is
     left of the block that they are in. 0: the prompt is saved to its end."""
@@ -68,6 +94,8 @@ class SavePolicy:
             ("cold_min_tokens", 0),
             ("cold_max_tokens", 1),
             ("continued_interval", 0),
+            ("snapshot_interval", 0),
+            ("snapshot_bytes_max", 0),
             ("boundary_trim_tokens", 0),
             ("boundary_align_tokens", 1),
             ("prefill_chunk_size", 1),

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Final
 
+from erllama_core.cache.ram_options import default_quota_bytes
 from erllama_core.errors import BlockNotFound, TierError, TierFull
 from erllama_core.interfaces.block import Bytes, ObjectId, header_length
 from erllama_core.interfaces.tier import Allocate, Pages, ScanFailure, ScannedObject, TierUsage
@@ -29,7 +30,7 @@ class RamTier:
     """Objects in this process's memory; a Tier that keeps pages."""
 
     def __init__(self, quota_bytes: int) -> None:
-        self._quota: Final = quota_bytes
+        self._quota = quota_bytes
         self._lock = threading.Lock()
         self._rows: dict[ObjectId, tuple[bytes, Pages]] = {}
         self._used = 0
@@ -106,6 +107,10 @@ class RamTier:
 
     def usage(self) -> TierUsage:
         return TierUsage(self._used, self._quota)
+
+    def set_quota(self, quota_bytes: int | None) -> None:
+        with self._lock:
+            self._quota = default_quota_bytes() if quota_bytes is None else quota_bytes
 
     def location(self, object_id: ObjectId) -> str:
         return f"memory:{object_id}"

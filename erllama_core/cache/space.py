@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 import attrs
@@ -14,11 +14,12 @@ from erllama_core.cache.discovery import wanted_after
 from erllama_core.cache.flow import Draft, Route, SaveBuffer
 from erllama_core.cache.gate import CostGate, Portion
 from erllama_core.cache.index import Entry
-from erllama_core.cache.keys import ContextKeys, salted
+from erllama_core.cache.keys import ContextKeys, adapted, salted
 from erllama_core.cache.loader import Fetch
 from erllama_core.cache.lookup import Divergence, Finder, Match, entry_at
 from erllama_core.cache.marks import MARK_SIZE, encode_mark
 from erllama_core.cache.policy import WriteMode
+from erllama_core.cache.thinning import thin
 from erllama_core.cache.tiers import TierStore
 from erllama_core.interfaces.backend import KVClass, Mark
 from erllama_core.interfaces.block import ObjectId, ObjectKind
@@ -59,7 +60,8 @@ class ModelSpace:
         self._cache: Final = cache
         self._catalog: Final = cache.catalog
         self._flow: Final = cache.flow
-        self._namespace: Final = namespace
+        self._model_namespace: Final = namespace
+        self._namespace = namespace
         self._rendering: Final = rendering
         self._tiers: Final = tuple(cache.catalog.store(name) for name in tiers)
         self._finder: Final = Finder(cache.catalog.index, kv_class, self._tiers)
@@ -67,6 +69,8 @@ class ModelSpace:
         self._promote_to: Final = next(in_memory, None) if promote else None
         self._route: Final = Route(self._tiers, write == "back", align_tokens)
         self._flow.register(namespace, self._route)
+        self.named: Final = cache.named_objects(self._route)
+        """What is kept under names of the caller's own; see :meth:`namespace`."""
         self.gate: Final = gate
         """None: whatever is stored is restored."""
         self.kv_class: Final = kv_class
@@ -84,11 +88,24 @@ class ModelSpace:
         """Whether there is anywhere to save to."""
         return bool(self._tiers)
 
-    def keys(self, tokens: bytearray, salt: str | None) -> ContextKeys:
-        """The keys of a context that will grow; ``tokens`` stays the caller's. Thread-safe."""
+    def adapt(self, adapters: Iterable[tuple[bytes, float]]) -> None:
+        """Name what is looked up and stored from now on for these adapters: see ``adapted``.
+
+        Keys that were made before are still of the adapters before.
+        """
+        self._namespace = adapted(self._model_namespace, adapters)
+        self._flow.register(self._namespace, self._route)
+
+    def namespace(self, salt: str | None) -> bytes:
+        """Whose state a request with this salt shares. Thread-safe."""
         namespace = salted(self._namespace, salt)
         if salt is not None:
             self._flow.register(namespace, self._route)
+        return namespace
+
+    def keys(self, tokens: bytearray, salt: str | None) -> ContextKeys:
+        """The keys of a context that will grow; ``tokens`` stays the caller's. Thread-safe."""
+        namespace = self.namespace(salt)
         text = None
         if self._rendering is not None:
             text = TextKeys(namespace, self._rendering, tokens)
@@ -328,16 +345,33 @@ class ModelSpace:
             buffer.view[:] = payload
             self._submit(ObjectKind.LOGITS, keys, position, position, buffer, reason)
 
+    def thin_snapshots(self, keys: ContextKeys, n: int, most_bytes: int) -> None:
+        """Have the snapshots along the first ``n`` tokens take ``most_bytes`` in each tier.
+
+        With each goes the mark at its position. What is pinned, in use or on its way to a tier
+        stays, and the last few do.
+        """
+        with self._catalog.lock:
+            snapshots = list(self._finder.snapshots(keys, n))[::-1]
+            removed = [
+                (store, entry, copy)
+                for store in self._tiers
+                for entry, copy in thin(self._catalog, store, snapshots, n, most_bytes)
+            ]
+        for store, entry, copy in removed:
+            self._flow.delete_soon(store, entry.object_id)
+            self._catalog.report(
+                "evicted", store, entry.object_id, copy.size_bytes, copy.save_reason
+            )
+
     def make_durable(self, keys: ContextKeys, n: int) -> None:
         """Have a tier that lasts keep the first ``n`` tokens' state, so that no power cut takes it.
 
         For a context that is finished, whose beginning was saved before that was known.
         """
         with self._catalog.lock:
-            entries = []
-            if self.kv_class is not KVClass.WHOLE:
-                _, pieces = self._finder.chain(keys, n)
-                entries += [piece.entry for piece in pieces]
+            _, pieces = self._finder.chain(keys, n)
+            entries = [piece.entry for piece in pieces]
             for kind in (ObjectKind.SNAPSHOT, ObjectKind.LOGITS):
                 entry = self._catalog.index.get(ObjectId(kind, n, keys.key(n)))
                 if entry is not None:
@@ -373,7 +407,7 @@ class ModelSpace:
         absorbs: Entry | None = None,
     ) -> None:
         after = self._block_before(keys, start)
-        if after is None and start and self.kv_class is not KVClass.WHOLE:
+        if after is None and start:
             self._flow.forgo(buffer)  # what it goes on from was evicted meanwhile
             self._catalog.counters.add("saves_dropped")
             return
@@ -389,7 +423,7 @@ class ModelSpace:
 
     def _block_before(self, keys: ContextKeys, position: int) -> Entry | None:
         """The block that covers the token before ``position``."""
-        if not position or self.kv_class is KVClass.WHOLE:
+        if not position:
             return None
         with self._catalog.lock:
             covered, pieces = self._finder.chain(keys, position, keys.segment_start(position))

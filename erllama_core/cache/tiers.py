@@ -11,10 +11,17 @@ import attrs
 
 from erllama_core.cache.counters import CounterSet
 from erllama_core.cache.gate import ReadCosts
-from erllama_core.errors import BlockNotFound, CacheError, TierError, TierFull
+from erllama_core.errors import (
+    BlockNotFound,
+    CacheError,
+    MemoryBudgetExceeded,
+    TierError,
+    TierFull,
+)
 from erllama_core.interfaces.block import ObjectId
-from erllama_core.interfaces.log import get_logger
+from erllama_core.interfaces.log import get_logger, told
 from erllama_core.interfaces.tier import (
+    ChangesQuota,
     KeepsPages,
     MakesDurable,
     RecordsPins,
@@ -50,6 +57,7 @@ class TierStore:
         self.tier: Final = named.tier
         self.keeps: Final = named.tier if isinstance(named.tier, KeepsPages) else None
         self.records: Final = named.tier if isinstance(named.tier, RecordsPins) else None
+        self.quota: Final = named.tier if isinstance(named.tier, ChangesQuota) else None
         self.reads: Final = ReadCosts()
         durable = named.tier if isinstance(named.tier, MakesDurable) else None
         self.is_volatile: Final = self.keeps is not None or (
@@ -108,8 +116,8 @@ class TierStore:
     def _run(self, operation: Callable[[], _T], what: str) -> _T:
         try:
             return operation()
-        except BlockNotFound:
-            raise  # an answer, not trouble
+        except (BlockNotFound, MemoryBudgetExceeded):
+            raise  # an answer, or this process's want of a buffer: not trouble
         except TierFull as error:
             if isinstance(error.__cause__, OSError):  # not the quota: the device
                 self._note_trouble(what, error)
@@ -127,4 +135,4 @@ class TierStore:
             first, self._in_trouble = not self._in_trouble, True
             self._failed_at_s = time.monotonic()
         if first:
-            log.warning("tier.failed", tier=self.name, doing=what, error=str(error))
+            log.warning("tier.failed", tier=self.name, doing=what, error=told(error))

@@ -53,10 +53,13 @@ class _Refused(click.ClickException):
 
 
 _COMMANDS: Final = {
+    "bench": "erllama_core.cli.bench:bench",
     "cache": "erllama_core.cli.cache:cache",
     "check": "erllama_core.cli.check:check",
     "demo": "erllama_core.cli.demo:demo",
+    "new-plugin": "erllama_core.cli.new_plugin:new_plugin",
     "plugins": "erllama_core.cli.plugins:plugins",
+    "run": "erllama_core.cli.run:run",
     "why": "erllama_core.cli.why:why",
 }
 

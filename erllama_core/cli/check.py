@@ -19,14 +19,14 @@ from erllama_core.errors import ConfigError, ConfigProblem
 def check(ctx: click.Context, file: Path, as_json: bool) -> None:
     """Check the configuration FILE on this machine: values, plugins, options, files.
 
-    Exit code 0 when nothing is wrong, 1 otherwise. Options that have no effect in this release
-    are warnings.
+    Exit code 0 when nothing is wrong, 1 otherwise. What can be used, and is probably not what was
+    meant, is a warning.
     """
     problems: tuple[ConfigProblem, ...]
-    warnings: tuple[str, ...] = ()
+    warnings: tuple[ConfigProblem, ...] = ()
     try:
         found = examine_config(file)
-        problems, warnings = found.problems, found.without_effect
+        problems, warnings = found.problems, found.warnings
     except ConfigError as error:
         problems = error.problems
     if as_json:
@@ -34,18 +34,15 @@ def check(ctx: click.Context, file: Path, as_json: bool) -> None:
             "file": str(file),
             "ok": not problems,
             "problems": [attrs.asdict(problem) for problem in problems],
-            "warnings": [{"path": path, "message": _NO_EFFECT} for path in warnings],
+            "warnings": [attrs.asdict(warning) for warning in warnings],
         }
         click.echo(json.dumps(report, indent=2))
     else:
         for problem in problems:
             click.echo(f"{file}: {problem}")
-        for path in warnings:
-            click.echo(f"{file}: warning: {path}: {_NO_EFFECT}")
+        for warning in warnings:
+            click.echo(f"{file}: warning: {warning}")
         count = len(problems)
         verdict = "ok" if not count else f"{count} problem{'s' if count != 1 else ''}"
         click.echo(f"{file}: {verdict}")
     ctx.exit(1 if problems else 0)
-
-
-_NO_EFFECT = "accepted, but without effect in this release"

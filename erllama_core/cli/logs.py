@@ -1,20 +1,11 @@
-"""Where the command's log goes."""
+"""Where a command's log goes."""
 
 from __future__ import annotations
 
-import logging
-import sys
-
-import structlog
+from erllama_core.config import LoggingConfig
+from erllama_core.logs import configure_logging
 
 
 def configure_logs() -> None:
     """Warnings and errors, one line each, on standard error."""
-    structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()),
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-    )
+    configure_logging(LoggingConfig(format="text"))

@@ -9,6 +9,7 @@ import attrs
 import click
 
 from erllama_core.cache.keys import common_tokens
+from erllama_core.cli.explained import explanation_lines
 from erllama_core.config import load_config
 from erllama_core.engine import Engine
 from erllama_core.errors import ModelNotFound, unknown_name
@@ -80,23 +81,8 @@ def why(
 
 
 def _in_words(path: Path, prompt: Prompt, explanation: Explanation) -> str:
-    lines = [
-        f"{path}: {explanation.kind}, {explanation.reused_tokens} of {len(prompt)} tokens",
-        f"  {explanation.reason}",
-    ]
-    if explanation.diverges_at is not None:
-        lines.append(
-            f"  the prompt around token {explanation.diverges_at}: {explanation.prompt_text!r}"
-        )
-        if explanation.stored_text is not None:
-            lines.append(f"  the stored context goes on with: {explanation.stored_text!r}")
-    if explanation.gate is not None:
-        lines.append(
-            f"  expected: {explanation.gate.restore_s:.3g} s to restore, "
-            f"{explanation.gate.compute_s:.3g} s to compute the same"
-        )
-    if explanation.saving is not None:
-        lines.append(f"  {explanation.saving}")
+    head = f"{path}: {explanation.kind}, {explanation.reused_tokens} of {len(prompt)} tokens"
+    lines = [head, *(f"  {line}" for line in explanation_lines(explanation))]
     return "\n".join(lines)
 
 

@@ -20,6 +20,7 @@ from erllama_core.config.structuring import dotted, structure_nested, structure_
 from erllama_core.errors import ConfigError, ConfigProblem, nearest
 from erllama_core.interfaces.backend import ContextOptions
 from erllama_core.interfaces.markers import ThinkingMarkers, ToolCallMarkers
+from erllama_core.pressure.thresholds import Thresholds
 from erllama_core.providers import ByteSize
 
 Problem = tuple[str, str]
@@ -28,6 +29,7 @@ Problem = tuple[str, str]
 _INFLIGHT_BYTES: Final = ByteSize(256 << 20)
 _MIN_EVICT_BYTES: Final = ByteSize(1 << 20)
 _MOST_TOKENS: Final = (1 << 31) - 1
+_MOST_SCALE: Final = 3.4028234663852886e38  # the largest 32-bit float
 _PROCESSORS: Final = ("thinking", "tool_calls", "stop_sequences")
 _POLICY_FIELDS: Final = tuple(field.name for field in attrs.fields(SavePolicy))
 
@@ -68,12 +70,16 @@ class EngineSettings:
     """A file with the key that thinking is signed with."""
     thinking_signing_key_env: str | None = None
     """The environment variable with that key."""
+    memory_budget_bytes: ByteSize | None = None
+    """Memory that models, state and buffers may take together. None: no bound."""
 
     def problems(self) -> list[Problem]:
         """What is wrong with the values; empty when nothing is."""
-        if self.thinking_signing_key_file is None or self.thinking_signing_key_env is None:
-            return []
-        return [("thinking_signing_key_env", "there is a thinking_signing_key_file too; give one")]
+        found = _too_small(self, memory_budget_bytes=1)
+        if self.thinking_signing_key_file is not None and self.thinking_signing_key_env is not None:
+            message = "there is a thinking_signing_key_file too; give one"
+            found.append(("thinking_signing_key_env", message))
+        return found
 
 
 @attrs.frozen(kw_only=True)
@@ -84,6 +90,16 @@ class PluginsConfig:
     """Load these alone. None: all that are installed."""
     block: tuple[str, ...] = ()
     """Leave these out, even if they are allowed."""
+
+
+@attrs.frozen(kw_only=True)
+class LoggingConfig:
+    """``[logging]``: for ``erllama run``, and :func:`erllama_core.logs.configure_logging`."""
+
+    level: Literal["debug", "info", "warning", "error"] = "warning"
+    """Events below it are left out."""
+    format: Literal["auto", "text", "json"] = "auto"
+    """``"auto"``: text on a terminal, JSON elsewhere."""
 
 
 @attrs.frozen(kw_only=True)
@@ -138,6 +154,27 @@ def _with_ram(tiers: Iterable[TierConfig]) -> tuple[TierConfig, ...]:
 
 
 @attrs.frozen(kw_only=True)
+class AdapterConfig:
+    """One of a model's ``adapters``."""
+
+    path: Path
+    """The adapter's file."""
+    scale: float = 1.0
+    """How much of it is added to the weights."""
+    name: str | None = None
+    """What it is called. None: what its file is, without the suffix."""
+
+    def problems(self) -> list[Problem]:
+        """What is wrong with the values; empty when nothing is."""
+        found = []
+        if not abs(self.scale) <= _MOST_SCALE:
+            found.append(("scale", f"{self.scale} is no finite 32-bit number"))
+        if self.name is not None and not self.name.strip():
+            found.append(("name", "empty"))
+        return found
+
+
+@attrs.frozen(kw_only=True)
 class ModelConfig:
     """``[models.<id>]``, and the options of ``Engine.load_model``."""
 
@@ -175,6 +212,8 @@ class ModelConfig:
     """Stream processors, in the order in which a reply passes them."""
     processor_opts: Mapping[str, Mapping[str, Any]] = attrs.field(factory=dict)
     """By a processor's name, its options; structured by its own class."""
+    adapters: tuple[AdapterConfig, ...] = ()
+    """LoRA adapters that are loaded with the model."""
 
     def problems(self) -> list[Problem]:
         """What is wrong with the values; empty when nothing is."""
@@ -191,7 +230,21 @@ class ModelConfig:
             message = f"{self.context_size} is above context_opts.n_ctx ({n_ctx})"
             found.append(("context_size", message))
         found += _name_problems("tier", self.tier)
-        return found + self._marker_problems() + self._processor_problems()
+        found += self._marker_problems() + self._processor_problems()
+        return found + self._adapter_problems()
+
+    def _adapter_problems(self) -> list[Problem]:
+        found: list[Problem] = []
+        seen: dict[str, int] = {}
+        for index, adapter in enumerate(self.adapters):
+            path = dotted("adapters", [index])
+            found += [(f"{path}.{name}", text) for name, text in adapter.problems()]
+            name = adapter.path.stem if adapter.name is None else adapter.name
+            first = seen.setdefault(name, index)
+            if first != index:
+                message = f"{name!r} is the name of adapters[{first}] too; give it another name"
+                found.append((f"{path}.name", message))
+        return found
 
     def _marker_problems(self) -> list[Problem]:
         found: list[Problem] = []
@@ -246,15 +299,16 @@ class PressureConfig:
     source_options: Mapping[str, Mapping[str, Any]] = attrs.field(factory=dict)
     """``[pressure.<source>]`` tables; each is structured by its source's own class."""
 
+    @property
+    def thresholds(self) -> Thresholds:
+        """What the monitor goes by, and what can be changed while it runs."""
+        return Thresholds(
+            **{field.name: getattr(self, field.name) for field in attrs.fields(Thresholds)}
+        )
+
     def problems(self) -> list[Problem]:
         """What is wrong with the values; empty when nothing is."""
-        found = _too_small(self, interval_ms=1)
-        for name in ("high_watermark", "low_watermark"):
-            if not 0.0 < getattr(self, name) <= 1.0:
-                found.append((name, f"{getattr(self, name)} is not above 0 and at most 1"))
-        if not found and self.low_watermark >= self.high_watermark:
-            message = f"{self.low_watermark} is not below high_watermark ({self.high_watermark})"
-            found.append(("low_watermark", message))
+        found = self.thresholds.problems()
         if not self.source:
             found.append(("source", "empty; at least one name"))
         return found + _name_problems("source", self.source)
@@ -271,6 +325,7 @@ class EngineConfig:
     """Always has a tier named ``"ram"``; one of kind ``"ram"`` when none was given."""
     models: Mapping[str, ModelConfig] = attrs.field(factory=dict)
     pressure: PressureConfig = attrs.field(factory=PressureConfig)
+    logging: LoggingConfig = attrs.field(factory=LoggingConfig)
 
     def policy_for(self, model: ModelConfig) -> SavePolicy:
         """The model's save policy: ``[cache]`` with the model's own fields over it.

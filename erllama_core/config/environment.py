@@ -92,6 +92,8 @@ def _assign(table: dict[str, Any], levels: list[str], value: Any) -> tuple[str |
     for position, level in enumerate(levels):
         last = position == len(levels) - 1
         if isinstance(inner, list):
+            if level == "ram" and not any(_is_named(tier, level) for tier in inner):
+                inner.append({"name": "ram", "kind": "ram"})  # it exists, if only unwritten
             index = _find_tier(inner, level)
             if last:
                 raise _NoSuchPlace(f"names the tier {level!r}, but none of its keys")
@@ -116,9 +118,13 @@ def _find_key(table: Mapping[Any, Any], level: str) -> str:
     return matching[0] if matching else level
 
 
+def _is_named(tier: Any, level: str) -> bool:
+    return isinstance(tier, dict) and _spelling(str(tier.get("name"))) == level
+
+
 def _find_tier(tiers: list[Any], level: str) -> int:
     names = [str(tier.get("name")) if isinstance(tier, dict) else "" for tier in tiers]
-    matching = [index for index, name in enumerate(names) if _spelling(name) == level]
+    matching = [index for index, tier in enumerate(tiers) if _is_named(tier, level)]
     if len(matching) != 1:
         known = ", ".join(map(repr, filter(None, names))) or "none"
         which = "several tiers have" if matching else "no tier has"

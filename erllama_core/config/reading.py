@@ -15,6 +15,7 @@ from erllama_core.config.classes import (
     CacheConfig,
     EngineConfig,
     EngineSettings,
+    LoggingConfig,
     ModelConfig,
     PluginsConfig,
     PressureConfig,
@@ -129,6 +130,7 @@ def _read_sections(table: Mapping[str, Any], problems: list[ConfigProblem]) -> E
         pressure=_section(
             PressureConfig, _source_tables_apart(table.get("pressure", {})), "pressure", problems
         ),
+        logging=_section(LoggingConfig, table.get("logging", {}), "logging", problems),
     )
 
 

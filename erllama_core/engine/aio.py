@@ -3,20 +3,35 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import weakref
 from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, Unpack
 
-from erllama_core.config import ModelConfig
+from erllama_core.config import EngineConfig, ModelConfig
+from erllama_core.engine.reload_plan import Reloaded
 from erllama_core.errors import EngineClosed
 from erllama_core.model.model import Model, ModelRef, PromptLike
 from erllama_core.model.options import ReplyKwargs, RequestKwargs
+from erllama_core.pressure.monitor import Monitor
+from erllama_core.pressure.status import PressureStatus
 from erllama_core.prompt import Prompt
-from erllama_core.results import CacheKey, Completion, Prefill
+from erllama_core.results import AdapterInfo, CacheKey, Completion, Prefill, Replay
 from erllama_core.stream.stream import Stream
 
 if TYPE_CHECKING:
-    from erllama_core.engine.engine import Engine
+    from erllama_core.engine.engine import ConfigSource, Engine
+
+
+class AsyncPressure:
+    """What of :class:`~erllama_core.pressure.monitor.Monitor` blocks, for coroutines."""
+
+    def __init__(self, monitor: Monitor) -> None:
+        self._monitor: Final = monitor
+
+    async def force_check(self) -> PressureStatus:
+        """See :meth:`Monitor.force_check`."""
+        return await asyncio.to_thread(self._monitor.force_check)
 
 
 class AsyncEngine:
@@ -98,6 +113,38 @@ class AsyncEngine:
         """See :meth:`Engine.reset_session`."""
         return await asyncio.to_thread(self._sync.reset_session, model, session_id)
 
+    async def load_adapter(
+        self,
+        model: ModelRef,
+        path: str | os.PathLike[str],
+        *,
+        name: str | None = None,
+        scale: float = 1.0,
+        timeout_s: float | None = None,
+    ) -> AdapterInfo:
+        """See :meth:`Engine.load_adapter`. Cancelling the task does not take it back."""
+        return await asyncio.to_thread(
+            self._sync.load_adapter, model, path, name=name, scale=scale, timeout_s=timeout_s
+        )
+
+    async def unload_adapter(
+        self, model: ModelRef, name: str, *, timeout_s: float | None = None
+    ) -> None:
+        """See :meth:`Engine.unload_adapter`. Cancelling the task does not take it back."""
+        await asyncio.to_thread(self._sync.unload_adapter, model, name, timeout_s=timeout_s)
+
+    async def set_adapter_scale(
+        self, model: ModelRef, name: str, scale: float, *, timeout_s: float | None = None
+    ) -> None:
+        """See :meth:`Engine.set_adapter_scale`. Cancelling the task does not take it back."""
+        await asyncio.to_thread(
+            self._sync.set_adapter_scale, model, name, scale, timeout_s=timeout_s
+        )
+
+    async def list_adapters(self, model: ModelRef) -> list[AdapterInfo]:
+        """See :meth:`Engine.list_adapters`, which waits for nobody."""
+        return self._sync.list_adapters(model)
+
     async def embed(self, model: ModelRef, prompt: PromptLike) -> list[float]:
         """See :meth:`Engine.embed`."""
         return await asyncio.to_thread(self._sync.embed, model, prompt)
@@ -121,9 +168,45 @@ class AsyncEngine:
         """See :meth:`Engine.apply_chat_template`."""
         return await asyncio.to_thread(self._sync.apply_chat_template, model, messages, **arguments)
 
+    @property
+    def pressure(self) -> AsyncPressure:
+        """The awaitable twin of what blocks of ``engine.pressure``."""
+        return AsyncPressure(self._sync.pressure)
+
+    async def put_replay(
+        self,
+        model: ModelRef,
+        ids: str | Sequence[str],
+        completion: Completion,
+        *,
+        cache_salt: str | None = None,
+    ) -> bool:
+        """See :meth:`Engine.put_replay`."""
+        return await asyncio.to_thread(
+            self._sync.put_replay, model, ids, completion, cache_salt=cache_salt
+        )
+
+    async def get_replay(
+        self, model: ModelRef, replay_id: str, *, cache_salt: str | None = None
+    ) -> Replay | None:
+        """See :meth:`Engine.get_replay`."""
+        return await asyncio.to_thread(
+            self._sync.get_replay, model, replay_id, cache_salt=cache_salt
+        )
+
+    async def drop_replay(
+        self, model: ModelRef, replay_id: str, *, cache_salt: str | None = None
+    ) -> None:
+        """See :meth:`Engine.drop_replay`."""
+        await asyncio.to_thread(self._sync.drop_replay, model, replay_id, cache_salt=cache_salt)
+
     async def flush(self, timeout_s: float | None = None) -> bool:
         """See :meth:`Engine.flush`."""
         return await asyncio.to_thread(self._sync.flush, timeout_s)
+
+    async def reload(self, source: ConfigSource | EngineConfig | None = None) -> Reloaded:
+        """See :meth:`Engine.reload`."""
+        return await asyncio.to_thread(self._sync.reload, source)
 
     async def close(self) -> None:
         """See :meth:`Engine.close`."""

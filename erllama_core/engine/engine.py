@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import itertools
 import os
@@ -12,42 +13,60 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Self, Unpack
 
+import attrs
+
+from erllama_core.cache.budget import Hold
 from erllama_core.cache.cache import Cache
 from erllama_core.cache.tiers import NamedTier
 from erllama_core.config import (
     EngineConfig,
     ModelConfig,
+    PressureConfig,
     TierConfig,
-    load_config,
+    check_config,
+    config_warnings,
+    examine_loaded,
+    memory_problems,
     model_config,
-    not_yet_effective,
+    plugin_host,
+    read_config,
     read_signing_key,
     structure_options,
 )
 from erllama_core.config.structuring import dotted
 from erllama_core.engine.aio import AsyncEngine
+from erllama_core.engine.release import Releaser
+from erllama_core.engine.reload_plan import Plan, Reloaded, Running, plan_reload
+from erllama_core.engine.sources import pressure_sources
 from erllama_core.errors import (
     AlreadyLoaded,
     CacheError,
     ConfigError,
     ConfigProblem,
     EngineClosed,
+    ErllamaError,
     ModelNotFound,
     unknown_name,
 )
 from erllama_core.host import PluginHost
 from erllama_core.interfaces.log import get_logger
+from erllama_core.interfaces.stream import RunningSignature
 from erllama_core.interfaces.telemetry import (
     CacheEvent,
     ModelLoaded,
     Notification,
+    PressureSampled,
     RequestFinished,
 )
+from erllama_core.logs import logging_is_ours, reconfigure_logging
+from erllama_core.model.footprint import set_aside
 from erllama_core.model.loading import open_model
 from erllama_core.model.model import Model, ModelRef, PromptLike, ReplySetup
 from erllama_core.model.options import ReplyKwargs, RequestKwargs
+from erllama_core.pressure.monitor import Monitor
 from erllama_core.prompt import Prompt
 from erllama_core.results import (
+    AdapterInfo,
     CacheHit,
     CacheKey,
     Completion,
@@ -55,13 +74,17 @@ from erllama_core.results import (
     ModelInfo,
     Phase,
     Prefill,
+    Replay,
 )
-from erllama_core.signing import NoSignature
+from erllama_core.signing import NoSignature, SigningKey
 from erllama_core.stream.pipeline import Stage
 from erllama_core.stream.stream import Stream
 from erllama_core.telemetry import Notifier
 
 log = get_logger("erllama.engine")
+
+ConfigSource = str | os.PathLike[str] | Mapping[str, Any]
+"""The path of a TOML file, or the same structure as a mapping."""
 
 
 class Engine:
@@ -76,18 +99,17 @@ class Engine:
         self, config: EngineConfig | None = None, *, plugins: PluginHost | None = None
     ) -> None:
         self._pid: Final = os.getpid()
-        self._config: Final = EngineConfig() if config is None else config
+        self._config = EngineConfig() if config is None else config
         problems = self._config.problems()
         if problems:
             raise ConfigError(problems)
-        self._signing_key: Final = read_signing_key(self._config.engine)
-        self.plugins: Final = (
-            PluginHost(allow=self._config.plugins.allow, block=self._config.plugins.block)
-            if plugins is None
-            else plugins
-        )
-        for path in not_yet_effective(self._config):
-            log.warning("config.no_effect_yet", path=path)
+        self._signing_key = read_signing_key(self._config.engine)
+        self.plugins: Final = plugin_host(self._config) if plugins is None else plugins
+        problems = memory_problems(self._config, self.plugins)
+        if problems:
+            raise ConfigError(problems)
+        for warning in config_warnings(self._config, self.plugins):
+            log.warning("config.questionable", path=warning.path, message=warning.message)
         self._notifier: Final = Notifier(self.plugins.listeners)
         settings = self._config.cache
         self._cache: Final = Cache(
@@ -98,33 +120,52 @@ class Engine:
             marks_share=settings.marks_share,
             read_timeout_s=settings.read_timeout_ms / 1000,
             write_timeout_s=settings.write_timeout_ms / 1000,
+            memory_budget_bytes=self._config.engine.memory_budget_bytes,
             on_event=self._teller(CacheEvent),
         )
         self._lock: Final = threading.Lock()
         self._closing: Final = threading.Lock()
+        self._reloading: Final = threading.Lock()
+        self._source: ConfigSource | None = None
         self._models: Final[dict[str, Model]] = {}
+        self._model_configs: Final[dict[str, ModelConfig]] = {}
+        self._from_config: Final[set[str]] = set()
+        """Ids of models that are loaded because the configuration names them."""
         self._loading: Final[set[str]] = set()
         self._ids: Final = itertools.count(1)
         self._closed = False
+        try:
+            self._pressure: Final = self._open_pressure()
+        except BaseException:
+            self._cache.close()
+            self._notifier.close()
+            raise
         self.aio: Final = AsyncEngine(self)
         # What is still in save buffers when a program ends without closing is written. The
         # engine's threads would outlive it otherwise, so until it is closed it stays.
         self._at_exit: Final = functools.partial(_close_at_exit, self, self._pid)
         atexit.register(self._at_exit)
+        log.info("engine.opened", tiers=self._cache.tier_names())
 
     @classmethod
-    def from_config(
-        cls, source: str | Path | Mapping[str, Any], *, plugins: PluginHost | None = None
-    ) -> Engine:
+    def from_config(cls, source: ConfigSource, *, plugins: PluginHost | None = None) -> Engine:
         """An engine with the tiers and the models of a file, or of the same structure.
 
-        Raises ConfigError with every mistake, ModelLoadError; nothing is left running then.
+        Raises ConfigError with every mistake, those of plugins' options and missing files
+        among them, and ModelLoadError; nothing is left running then.
         """
-        config = load_config(source)
-        engine = cls(config, plugins=plugins)
+        loaded = read_config(source)
+        host = plugin_host(loaded.config) if plugins is None else plugins
+        # A tier that cannot be opened is left out with a warning, and no mistake.
+        found = examine_loaded(loaded, host, stores=False)
+        if found.problems:
+            raise ConfigError(found.problems, found.source)
+        engine = cls(loaded.config, plugins=host)
+        engine._source = _lasting(source)
         try:
-            for model_id, model in config.models.items():
-                engine.load_model(model_id, model)
+            for model_id, model in loaded.config.models.items():
+                engine._load(model_id, model, loaded.config)
+                engine._from_config.add(model_id)
         except BaseException:
             engine.close()
             raise
@@ -133,6 +174,28 @@ class Engine:
     def _teller(self, kind: type[Notification]) -> Callable[[Notification], None] | None:
         """What notifications of a kind are given to; None when no plugin listens to them."""
         return self._notifier.tell if self._notifier.listens_to(kind) else None
+
+    def _open_pressure(self) -> Monitor:
+        settings = self._config.pressure
+        monitor = Monitor(
+            settings.thresholds,
+            functools.partial(pressure_sources, settings, self.plugins),
+            Releaser(
+                self._cache,
+                self._config,
+                self.plugins,
+                models=self._loaded,
+                unload_if_idle=self._unload_if_idle,
+            ),
+            tell=self._teller(PressureSampled),
+        )
+        if settings.enabled:
+            monitor.enable()
+        return monitor
+
+    def _loaded(self) -> list[Model]:
+        with self._lock:
+            return list(self._models.values())
 
     def _open_tiers(self) -> list[NamedTier]:
         opened: list[NamedTier] = []
@@ -164,49 +227,63 @@ class Engine:
             raise TypeError("give load_model a config or single options, not both")
         chosen = model_config(options if config is None else config)
         name = f"{chosen.backend}-{next(self._ids)}" if model_id is None else model_id
+        return self._load(name, chosen, self._config)
+
+    def _load(self, name: str, chosen: ModelConfig, config: EngineConfig) -> Model:
+        """Load a model, with the tiers and the policy of ``config``."""
         with self._lock:
             if name in self._models or name in self._loading:
                 raise AlreadyLoaded(f"a model is loaded as {name!r}; unload it or use another id")
             self._loading.add(name)
         started = time.perf_counter()
+        hold: Hold | None = None
         try:
             provider = self.plugins.get("backend", chosen.backend)
+            backend_options = structure_options(provider.config, chosen.model_opts, "model_opts")
+            hold = set_aside(name, chosen, provider, backend_options, self._cache)
             parts = open_model(
                 name,
                 chosen,
                 provider,
-                structure_options(provider.config, chosen.model_opts, "model_opts"),
+                backend_options,
                 cache=self._cache,
-                tiers=self._usable_tiers(chosen),
-                policy=self._config.policy_for(chosen),
+                tiers=self._usable_tiers(chosen, config),
+                policy=config.policy_for(chosen),
                 reply=self._reply_setup(chosen),
                 tell_finished=self._teller(RequestFinished),
             )
-            model = Model(parts, self.unload)
+            model = Model(parts, self.unload, hold)
             with self._lock:
                 is_open = not self._closed
                 if is_open:
                     self._models[name] = model
+                    self._model_configs[name] = chosen
             if not is_open:
                 model.close()
                 raise EngineClosed("the engine was closed while the model was loading")
+            seconds = time.perf_counter() - started
+            log.info("model.loaded", model=name, backend=chosen.backend, seconds=round(seconds, 3))
             if self._notifier.listens_to(ModelLoaded):
-                seconds = time.perf_counter() - started
                 self._notifier.tell(ModelLoaded(model=model.info(), seconds=seconds))
+        except BaseException:
+            if hold is not None:
+                hold.release()
+            raise
+        else:
             return model
         finally:
             with self._lock:
                 self._loading.discard(name)
 
-    def _usable_tiers(self, config: ModelConfig) -> list[str]:
+    def _usable_tiers(self, model: ModelConfig, config: EngineConfig) -> list[str]:
         """The model's tiers that are open; one that was never configured is a mistake."""
-        configured = {tier.name for tier in self._config.tiers}
-        for number, name in enumerate(config.tier):
+        configured = {tier.name for tier in config.tiers}
+        for number, name in enumerate(model.tier):
             if name not in configured:
                 message = unknown_name("tier", name, configured)
                 raise ConfigError([ConfigProblem(f"tier[{number}]", message)])
         opened = self._cache.tier_names()
-        return [name for name in config.tier if name in opened]
+        return [name for name in model.tier if name in opened]
 
     def _reply_setup(self, config: ModelConfig) -> ReplySetup:
         stages = []
@@ -215,13 +292,16 @@ class Engine:
             options = config.processor_opts.get(name, {})
             path = dotted("processor_opts", [name])
             stages.append(Stage(provider, structure_options(provider.config, options, path)))
-        key = self._signing_key
         return ReplySetup(
             stages=tuple(stages),
             thinking_markers=config.thinking_markers,
             tool_call_markers=config.tool_call_markers,
-            begin_signature=NoSignature if key is None else key.begin,
+            begin_signature=self._begin_signature,
         )
+
+    def _begin_signature(self) -> RunningSignature:
+        key = self._signing_key  # which a reload may have changed
+        return NoSignature() if key is None else key.begin()
 
     def model(self, model_id: str) -> Model:
         """The model loaded under an id. Raises ModelNotFound."""
@@ -235,7 +315,17 @@ class Engine:
             if found is None or (isinstance(model, Model) and found is not model):
                 return
             del self._models[name]
+            self._model_configs.pop(name, None)
+            self._from_config.discard(name)
         found.close()
+        log.info("model.unloaded", model=name)
+
+    def _unload_if_idle(self, model: Model) -> bool:
+        """Unload a model in which nothing runs or waits; whether it was."""
+        if not model.stop_if_idle():
+            return False
+        self.unload(model)
+        return True
 
     def models(self) -> list[ModelInfo]:
         """Every loaded model."""
@@ -327,6 +417,32 @@ class Engine:
         """See :meth:`Model.reset_session`."""
         return self._resolve(model).reset_session(session_id)
 
+    def load_adapter(
+        self,
+        model: ModelRef,
+        path: str | os.PathLike[str],
+        *,
+        name: str | None = None,
+        scale: float = 1.0,
+        timeout_s: float | None = None,
+    ) -> AdapterInfo:
+        """See :meth:`Model.load_adapter`."""
+        return self._resolve(model).load_adapter(path, name=name, scale=scale, timeout_s=timeout_s)
+
+    def unload_adapter(self, model: ModelRef, name: str, *, timeout_s: float | None = None) -> None:
+        """See :meth:`Model.unload_adapter`."""
+        self._resolve(model).unload_adapter(name, timeout_s=timeout_s)
+
+    def set_adapter_scale(
+        self, model: ModelRef, name: str, scale: float, *, timeout_s: float | None = None
+    ) -> None:
+        """See :meth:`Model.set_adapter_scale`."""
+        self._resolve(model).set_adapter_scale(name, scale, timeout_s=timeout_s)
+
+    def list_adapters(self, model: ModelRef) -> list[AdapterInfo]:
+        """See :meth:`Model.list_adapters`."""
+        return self._resolve(model).list_adapters()
+
     def why(
         self, model: ModelRef, prompt: PromptLike, *, cache_salt: str | None = None
     ) -> Explanation:
@@ -368,6 +484,7 @@ class Engine:
         tools: Sequence[Any] | None = None,
         documents: Sequence[Any] | None = None,
         add_generation_prompt: bool = True,
+        cache_salt: str | None = None,
         **variables: Any,
     ) -> Prompt:
         """See :meth:`Model.apply_chat_template`."""
@@ -376,12 +493,37 @@ class Engine:
             tools=tools,
             documents=documents,
             add_generation_prompt=add_generation_prompt,
+            cache_salt=cache_salt,
             **variables,
         )
 
+    def put_replay(
+        self,
+        model: ModelRef,
+        ids: str | Sequence[str],
+        completion: Completion,
+        *,
+        cache_salt: str | None = None,
+    ) -> bool:
+        """See :meth:`Model.put_replay`."""
+        return self._resolve(model).put_replay(ids, completion, cache_salt=cache_salt)
+
+    def get_replay(
+        self, model: ModelRef, replay_id: str, *, cache_salt: str | None = None
+    ) -> Replay | None:
+        """See :meth:`Model.get_replay`."""
+        return self._resolve(model).get_replay(replay_id, cache_salt=cache_salt)
+
+    def drop_replay(
+        self, model: ModelRef, replay_id: str, *, cache_salt: str | None = None
+    ) -> None:
+        """See :meth:`Model.drop_replay`."""
+        self._resolve(model).drop_replay(replay_id, cache_salt=cache_salt)
+
     def verify_thinking(self, thinking: str | bytes, signature: bytes) -> bool:
         """Whether an engine with this one's key signed this thinking; False without a key."""
-        return self._signing_key is not None and self._signing_key.verify(thinking, signature)
+        key = self._signing_key
+        return key is not None and key.verify(thinking, signature)
 
     def embed(self, model: ModelRef, prompt: PromptLike) -> list[float]:
         """See :meth:`Model.embed`."""
@@ -395,9 +537,141 @@ class Engine:
         return self._cache
 
     @property
+    def pressure(self) -> Monitor:
+        """What watches memory, and gives it back."""
+        self._check_fork()
+        return self._pressure
+
+    @property
     def config(self) -> EngineConfig:
-        """What the engine was made with."""
+        """What holds: what the engine was made with, and what reloads have changed of it."""
         return self._config
+
+    def reload(self, source: ConfigSource | EngineConfig | None = None) -> Reloaded:
+        """Read the configuration again, and take over what can change while the engine runs.
+
+        ``source`` None: what :meth:`from_config` was given. Models that are new in it are
+        loaded, those that are gone are unloaded, last of all; pressure, quotas, the save policy
+        of loaded models, the log and the signing key become what it says. The result tells
+        what was done, and what stays as it is until the engine is made anew. Requests that run
+        are left alone, but for those of models that go.
+
+        All or nothing: raises ConfigError with every mistake, ModelLoadError, and then nothing
+        has changed. Blocks while models are loaded; not for a signal handler to call, which
+        has a thread do it. Calls take turns.
+        """
+        with self._reloading:
+            self._check_open()
+            try:
+                plan, key = self._plan_reload(source)
+                with contextlib.ExitStack() as undo:
+                    for model_id in plan.added:
+                        self._load(model_id, plan.config.models[model_id], plan.config)
+                        undo.callback(self.unload, model_id)
+                    self._take_over(plan, key, undo)
+                    undo.pop_all()  # nothing failed, so nothing is taken back
+            except ErllamaError as error:
+                problems = error.problems if isinstance(error, ConfigError) else ()
+                log.warning(
+                    "config.reload_refused",
+                    error=type(error).__name__,
+                    problems=[problem.path for problem in problems],
+                )
+                raise
+            self._from_config.update(plan.added)
+            for model_id in plan.removed:
+                self.unload(model_id)
+            done = Reloaded(
+                changed=plan.changed, kept=plan.kept, loaded=plan.added, unloaded=plan.removed
+            )
+            log.info(
+                "config.reloaded",
+                changed=[change.path for change in done.changed],
+                kept=[kept.path for kept in done.kept],
+                loaded=done.loaded,
+                unloaded=done.unloaded,
+            )
+            return done
+
+    def _plan_reload(
+        self, source: ConfigSource | EngineConfig | None
+    ) -> tuple[Plan, SigningKey | None]:
+        if source is None:
+            source = self._source
+        if source is None:
+            raise ValueError("the engine was not made from a file: give reload a configuration")
+        if isinstance(source, EngineConfig):
+            wanted, name, problems = source, None, check_config(source, self.plugins, stores=False)
+        else:
+            found = examine_loaded(read_config(source), self.plugins, stores=False)
+            wanted, name, problems = found.config, found.source, list(found.problems)
+        for model_id in wanted.models:
+            if model_id in self._models and model_id not in self._from_config:
+                message = "the application has loaded a model under this id"
+                problems.append(ConfigProblem(dotted("models", [model_id]), message))
+        if problems:
+            raise ConfigError(problems, name)
+        opened = self._cache.tier_names()
+        with self._lock:
+            running = Running(
+                loaded=frozenset(self._models),
+                from_config=frozenset(self._from_config),
+                can_change_quota=lambda tier: tier in opened and self._cache.can_change_quota(tier),
+                logging_is_ours=logging_is_ours(),
+            )
+        plan = plan_reload(self._config, wanted, running, self.plugins)
+        # What is new may contradict what cannot change.
+        problems = plan.problems() + memory_problems(plan.config, self.plugins)
+        if problems:
+            raise ConfigError(problems, name)
+        key = read_signing_key(plan.config.engine)
+        return (plan if key == self._signing_key else plan.with_another_key()), key
+
+    def _take_over(self, plan: Plan, key: SigningKey | None, undo: contextlib.ExitStack) -> None:
+        """Let a plan hold, but for its models; ``undo`` takes back what was done until then."""
+        with self._lock:
+            before, own_key = self._config, self._signing_key
+            configs = dict(self._model_configs)
+            models = list(self._models.values())
+
+        def hold(config: EngineConfig, signing_key: SigningKey | None) -> None:
+            with self._lock:
+                self._config, self._signing_key = config, signing_key
+                for name in self._models.keys() & configs.keys():
+                    self._model_configs[name] = config.models.get(name, configs[name])
+
+        undo.callback(hold, before, own_key)
+        hold(plan.config, key)
+        for model in models:
+            own = configs[model.id]
+            old = before.policy_for(before.models.get(model.id, own))
+            new = plan.config.policy_for(plan.config.models.get(model.id, own))
+            if old != new:
+                undo.callback(model.set_policy, old)
+                model.set_policy(new)
+        self._follow_pressure(before.pressure, plan.config.pressure, undo)
+        if plan.config.logging != before.logging:
+            undo.callback(reconfigure_logging, before.logging)
+            reconfigure_logging(plan.config.logging)
+        for tier, (old_quota, new_quota) in plan.quotas.items():
+            undo.callback(self._cache.set_quota, tier, old_quota)
+            self._cache.set_quota(tier, new_quota)
+
+    def _follow_pressure(
+        self, old: PressureConfig, new: PressureConfig, undo: contextlib.ExitStack
+    ) -> None:
+        """Change of the monitor what the configuration changes; what calls changed, they keep."""
+        monitor = self._pressure
+        fields = attrs.asdict(new.thresholds)
+        changed = {name for name, value in fields.items() if value != getattr(old, name)}
+        if changed:
+            now = monitor.status().thresholds
+            undo.callback(monitor.set_thresholds, **{name: getattr(now, name) for name in changed})
+            monitor.set_thresholds(**{name: fields[name] for name in changed})
+        if new.enabled != old.enabled:
+            switch = {True: monitor.enable, False: monitor.disable}
+            undo.callback(switch[monitor.status().enabled])
+            switch[new.enabled]()
 
     def flush(self, timeout_s: float | None = None) -> bool:
         """Wait until the state of every answered request is in the tiers.
@@ -426,6 +700,7 @@ class Engine:
             with self._lock:
                 self._closed = True
                 loaded = list(self._models.values())
+            self._pressure.close()
             for model in loaded:
                 model.close()
             with self._lock:
@@ -473,6 +748,11 @@ def open_tier(plugins: PluginHost, config: TierConfig, *, path: str = "") -> Nam
     provider = plugins.get("tier", config.kind)
     options = structure_options(provider.config, config.options, path)
     return NamedTier(config.name, config.kind, provider.factory(options))
+
+
+def _lasting(source: ConfigSource) -> ConfigSource:
+    """A source that means the same later, wherever the process works then."""
+    return source if isinstance(source, Mapping) else Path(source).absolute()
 
 
 def _close_at_exit(engine: Engine, pid: int) -> None:

@@ -17,6 +17,8 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import attrs
 
+from erllama_core.interfaces.grammar import Grammar
+
 PackedTokens = bytes | memoryview
 """Token ids, little-endian u32."""
 
@@ -61,6 +63,23 @@ class BackendRequest:
     options: Any
     """An instance of the provider's ``config`` class."""
     context: ContextOptions
+
+
+@attrs.frozen(kw_only=True)
+class MemoryEstimate:
+    """What a model is going to take of the host's memory; what lies on devices is not in it."""
+
+    weights_bytes: int = 0
+    """Of a mapped file too: the model is slow while they are not in memory."""
+    kv_bytes: int = 0
+    """KV cells and recurrent states of all sequences."""
+    compute_bytes: int = 0
+    """Buffers of a step."""
+
+    @property
+    def total_bytes(self) -> int:
+        """All of it."""
+        return self.weights_bytes + self.kv_bytes + self.compute_bytes
 
 
 # --------------------------------------------------------------- vocabulary
@@ -126,6 +145,18 @@ class SamplingParams:
     """Over the last :data:`PENALTY_WINDOW` tokens, prompt included. 1.0: none."""
     seed: int = 0
 
+    @property
+    def reach(self) -> int | None:
+        """How many of the largest logits a draw can depend on; None: on all of them.
+
+        Greedy and top-k look at the largest alone, and a penalty of at least 1.0 moves no more
+        than PENALTY_WINDOW tokens down, none up.
+        """
+        looked_at = 1 if self.temperature <= 0.0 else self.top_k
+        if self.repetition_penalty < 1.0 or not looked_at:
+            return None
+        return looked_at + (PENALTY_WINDOW if self.repetition_penalty != 1.0 else 0)
+
 
 PENALTY_WINDOW = 64
 
@@ -155,17 +186,11 @@ class Mark:
     def serves(self, params: SamplingParams) -> bool:
         """Whether sampling from this mark draws what sampling from all logits would.
 
-        It does while no token outside can be drawn: greedy and top-k below the mark's size
-        look at the largest logits only, and a penalty of at least 1.0 moves no more than
-        PENALTY_WINDOW tokens down, none up.
+        It does while no token outside can be drawn. A grammar may still turn down what is drawn:
+        see :meth:`Sampler.sample_mark`.
         """
-        if self.is_whole:
-            return True
-        if params.repetition_penalty < 1.0:
-            return False
-        moved = PENALTY_WINDOW if params.repetition_penalty != 1.0 else 0
-        looked_at = 1 if params.temperature <= 0.0 else params.top_k
-        return 0 < looked_at <= self.size - moved
+        reach = params.reach
+        return self.is_whole or (reach is not None and reach <= self.size)
 
 
 class Sampler(Protocol):
@@ -174,15 +199,45 @@ class Sampler(Protocol):
     Made on any thread, used by the worker alone.
     """
 
-    def sample_mark(self, mark: Mark, *, greedy: bool = False) -> int:
+    def sample_mark(self, mark: Mark, *, greedy: bool = False) -> int | None:
         """Draw the next token from stored logits and take note of it.
 
-        ``greedy``: see :meth:`Context.sample`.
+        None, and no token noted, when a grammar turned down what was drawn, and too few of the
+        mark's other tokens fit it to draw another one. The next call, which is to be
+        :meth:`Context.sample` for the same position, goes on from there: it draws what it would
+        have drawn had there been no mark. ``greedy``: see :meth:`Context.sample`.
         """
         ...
 
     def close(self) -> None:
         """Free it. Idempotent."""
+        ...
+
+
+@attrs.frozen(eq=False)
+class Constraint:
+    """What a reply has to look like, token by token."""
+
+    grammar: Grammar
+    """Of the text that the tokens of a reply spell."""
+    excluded: frozenset[int]
+    """Tokens that never come. Control tokens that are no part of a reply's text have a spelling
+    all the same, and would pass for it."""
+
+
+@runtime_checkable
+class ConstrainedSampler(Sampler, Protocol):
+    """A sampler under a grammar.
+
+    It draws as any other does, and asks the grammar about the one token that was drawn. One that
+    does not fit is turned down: then it draws again, from the tokens that fit. A token that ends
+    generation fits where the text is whole. Drawing raises InvalidGrammar when no token of the
+    vocabulary fits.
+    """
+
+    @property
+    def turned_down(self) -> int:
+        """Tokens that were drawn and did not fit."""
         ...
 
 
@@ -383,6 +438,15 @@ class DeclaresCosts(Protocol):
         ...
 
 
+@runtime_checkable
+class TellsLogits(Protocol):
+    """Optional ability of a Context: the logit of any token, for log-probabilities."""
+
+    def logit(self, row: int, token: int) -> float:
+        """Of one token, after the last step's row number ``row``, which asked for logits."""
+        ...
+
+
 # -------------------------------------------------------------------- model
 
 
@@ -451,4 +515,53 @@ class Embeds(Protocol):
 
     def embed(self, tokens: PackedTokens) -> Sequence[float]:
         """One vector for the whole text. Raises NotSupported when the model has none."""
+        ...
+
+
+class Adapter(Protocol):
+    """The weights of a LoRA adapter, for the model that loaded them."""
+
+    def close(self) -> None:
+        """Free them. Idempotent, any thread; also after the model was closed, which frees them.
+
+        They are attached to no context but such as were given up, in which a call may still
+        compute with them: until it comes back they stay.
+        """
+        ...
+
+
+@runtime_checkable
+class Adapts(Protocol):
+    """Optional ability of a BackendModel: LoRA adapters."""
+
+    def load_adapter(self, path: Path) -> Adapter:
+        """Read an adapter; nothing computes with it yet. Any thread, while contexts compute.
+
+        ``path`` is an existing, readable file, but may be anything. Raises AdapterLoadError,
+        whose ``reason`` is what the native side said; EngineClosed.
+        """
+        ...
+
+    def attach(self, context: Context, adapters: Sequence[tuple[Adapter, float]]) -> None:
+        """Have a context of this model compute with these adapters, and with no others.
+
+        Each comes with its scale, a number that a 32-bit float holds and that is not 0. Their
+        order must not matter. Called on the context's thread, while all its sequences are
+        empty. Raises AdapterLoadError when the model cannot compute with them; which ones are
+        attached is then undefined, until a call succeeds.
+        """
+        ...
+
+
+@runtime_checkable
+class Constrains(Protocol):
+    """Optional ability of a BackendModel: replies under a grammar. Thread-safe."""
+
+    def new_constrained_sampler(
+        self, params: SamplingParams, history: PackedTokens, constraint: Constraint
+    ) -> ConstrainedSampler:
+        """Like ``new_sampler``, for a reply that the constraint governs from its first token on.
+
+        Raises InvalidGrammar for a grammar that the backend cannot follow.
+        """
         ...

@@ -17,7 +17,7 @@ import attrs
 from erllama_core.interfaces.backend import Vocabulary
 from erllama_core.interfaces.markers import ThinkingMarkers, ToolCallMarkers
 from erllama_core.prompt import Prompt
-from erllama_core.results import Stats
+from erllama_core.results import Stats, TokenLogprob
 
 # ------------------------------------------------------------------- events
 
@@ -70,7 +70,7 @@ class Done:
     stats: Stats
 
 
-Event = TextDelta | ThinkingDelta | ThinkingEnd | ToolCallDelta | ToolCallEnd | Done
+Event = TextDelta | ThinkingDelta | ThinkingEnd | ToolCallDelta | ToolCallEnd | TokenLogprob | Done
 
 # --------------------------------------------------------------- processors
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 import attrs
 
-from erllama_core.interfaces.pressure import PressureReading
+from erllama_core.interfaces.pressure import Reading
 from erllama_core.results import CacheKey, ModelInfo, Stats
 
 
@@ -58,7 +58,7 @@ class CacheEvent:
 class PressureSampled:
     """The pressure monitor has read its sources."""
 
-    readings: tuple[PressureReading, ...]
+    readings: tuple[Reading, ...]
     usage: float
     """The highest of their usages, 0.0 to 1.0."""
     released_bytes: int

@@ -157,6 +157,21 @@ class KeepsPages(Protocol):
 
 
 @runtime_checkable
+class ChangesQuota(Protocol):
+    """Optional ability: take another quota while it is open.
+
+    Of a tier whose options have a key ``quota_bytes``.
+    """
+
+    def set_quota(self, quota_bytes: int | None) -> None:
+        """From now on ``quota_bytes`` is what the option would have said; None: not given.
+
+        What is stored beyond a smaller quota stays: the core asks to delete it. Does not block.
+        """
+        ...
+
+
+@runtime_checkable
 class RecordsPins(Protocol):
     """Optional ability: remember which contexts are pinned, for later and for other processes.
 

@@ -19,7 +19,8 @@ taken from residents, or from requests that came later."""
 class Admission:
     """Lets waiting requests in, in order. The worker's alone.
 
-    ``guard`` does something for one request; ``start`` has one begin that has a sequence.
+    ``may_begin``: whether a request may be let in at all now. ``guard`` does something for one
+    request; ``start`` has one begin that has a sequence.
     """
 
     def __init__(
@@ -27,11 +28,13 @@ class Admission:
         pool: SequencePool,
         roster: Roster,
         *,
+        may_begin: Callable[[Request], bool],
         guard: Callable[[Request, Callable[[Request], None]], None],
         start: Callable[[Request], None],
     ) -> None:
         self._pool: Final = pool
         self._roster: Final = roster
+        self._may_begin: Final = may_begin
         self._guard: Final = guard
         self._start: Final = start
         self._orders: Final = itertools.count(1)
@@ -49,7 +52,7 @@ class Admission:
         return any_left
 
     def _let_in(self, request: Request) -> None:
-        live = self._place_for(request)
+        live = self._place_for(request) if self._may_begin(request) else None
         if live is not None:
             self._roster.admit(request)
             self._occupy(live, request)

@@ -7,8 +7,13 @@ from typing import Any, Final
 
 from erllama_core.errors import TemplateError
 from erllama_core.interfaces.backend import Vocabulary
+from erllama_core.interfaces.log import get_logger
 from erllama_core.model.chat_guard import Occurrence, control_syntax, guard_for
+from erllama_core.model.chat_turns import StandIns, TurnLost
 from erllama_core.prompt import Prompt, pack
+from erllama_core.results import Replay
+
+log = get_logger("erllama.model")
 
 Message = Mapping[str, Any]
 """``role`` and ``content``, and whatever else the template knows: ``tool_calls``, ``name``."""
@@ -26,6 +31,7 @@ def render_chat(
     documents: Sequence[Any] | None = None,
     add_generation_prompt: bool = True,
     variables: Mapping[str, Any] | None = None,
+    replays: Mapping[int, Replay] | None = None,
 ) -> Prompt:
     """The prompt for a chat, with its text. Thread-safe; runs on the caller's thread.
 
@@ -42,30 +48,74 @@ def render_chat(
     do anything else, and no token spans a cut. White space that the vocabulary strips beside
     a control token is stripped here too.
 
-    Raises TemplateError when there is no template, when it is broken, when it refuses the
-    messages (with its own words), and when a message is not one.
-    """
-    # Jinja is loaded by those who render chats.
-    from erllama_core.model.chat_template import compile_template, render_template
+    ``replays``: turns, by the places of the messages that they stand for; where the template
+    puts out the message, the turn's own tokens stand instead, and behind what they were drawn
+    after. A template that does not put a content out as it is gets none.
 
+    Raises TemplateError when there is no template, when it is broken, when it refuses the
+    messages (with its own words), when it would use up too much, and when a message is not one.
+    """
+    template = check_chat(template, messages)
+    chat = {"messages": list(messages), "tools": tools, "documents": documents}
+    fixed = _fixed_variables(vocabulary, variables, add_generation_prompt=add_generation_prompt)
+    if replays:
+        try:
+            return _render_with_turns(vocabulary, template, fixed, chat, replays)
+        except (TurnLost, TemplateError) as error:
+            log.debug("replay.not_placed", reason=str(error))
+    text, controls = _render(vocabulary, template, fixed, chat)
+    return Prompt.from_packed(_tokenize(vocabulary, text, controls), text)
+
+
+def check_chat(template: str | None, messages: Sequence[Message]) -> str:
+    """The template, when it is one and the messages are. Raises TemplateError."""
     if not template or not template.strip():
         raise TemplateError(
             "the model has no chat template; give one with the model option chat_template"
         )
     _check_messages(messages)
-    compiled = compile_template(template)
-    chat = {"messages": list(messages), "tools": tools, "documents": documents}
-    fixed = {
+    return template
+
+
+def render_text(
+    vocabulary: Vocabulary,
+    template: str,
+    messages: Sequence[Message],
+    variables: Mapping[str, Any],
+    *,
+    add_generation_prompt: bool,
+) -> str:
+    """The text alone, whoever typed what. ``variables``: tools and documents, too."""
+    from erllama_core.model.chat_template import compile_template, render_template
+
+    fixed = _fixed_variables(vocabulary, variables, add_generation_prompt=add_generation_prompt)
+    return render_template(compile_template(template), {**fixed, "messages": list(messages)})
+
+
+def _fixed_variables(
+    vocabulary: Vocabulary, variables: Mapping[str, Any] | None, *, add_generation_prompt: bool
+) -> dict[str, Any]:
+    """What a template gets besides the chat."""
+    return {
         **_token_texts(vocabulary),
         **(variables or {}),
         "add_generation_prompt": add_generation_prompt,
     }
 
+
+def _render(
+    vocabulary: Vocabulary, template: str, fixed: Mapping[str, Any], chat: Mapping[str, Any]
+) -> tuple[str, list[Occurrence] | None]:
+    """The text, and where its control tokens are; None: wherever they seem to be."""
+    # Jinja is loaded by those who render chats.
+    from erllama_core.model.chat_template import compile_template, render_template
+
+    compiled = compile_template(template)
     plain = render_template(compiled, {**fixed, **chat})
     syntax = control_syntax(vocabulary.control_tokens)
     guard = guard_for(syntax, chat, template + plain)
     if guard is None:
-        return _tokenize_whole(vocabulary, plain)
+        return plain, None
 
     guarded = render_template(compiled, {**fixed, **guard.protect(chat)})
     genuine = syntax.find(guarded)
@@ -73,9 +123,29 @@ def render_chat(
     if len(text) == len(plain) and text.lower() == plain.lower():
         # The two differ at most where the template changed the case of a stand-in.
         text = plain
-    if syntax.find(text) == genuine:
-        return _tokenize_whole(vocabulary, text)
-    return _tokenize_between(vocabulary, text, genuine)
+    return text, None if syntax.find(text) == genuine else genuine
+
+
+def _render_with_turns(
+    vocabulary: Vocabulary,
+    template: str,
+    fixed: Mapping[str, Any],
+    chat: Mapping[str, Any],
+    replays: Mapping[int, Replay],
+) -> Prompt:
+    """Raises TurnLost when the template does not put every turn in one place."""
+    stood_in = StandIns(template, chat, replays)
+    text, controls = _render(vocabulary, template, fixed, stood_in.chat)
+    syntax = control_syntax(vocabulary.control_tokens)
+    texts: list[str] = []
+    packed: list[bytes] = []
+    for part in stood_in.parts(text, controls, vocabulary, syntax):
+        texts.append(part.text)
+        packed.append(_tokenize(vocabulary, part.text, part.controls, is_first=not packed))
+        if part.turn is not None:
+            texts.append(part.turn.data.decode("utf-8", "replace"))
+            packed.append(pack(part.turn.generated))
+    return Prompt.from_packed(b"".join(packed), "".join(texts))
 
 
 def _check_messages(messages: object) -> None:
@@ -110,12 +180,25 @@ def _token_texts(vocabulary: Vocabulary) -> dict[str, str]:
     return texts
 
 
-def _tokenize_whole(vocabulary: Vocabulary, text: str) -> Prompt:
-    packed = vocabulary.tokenize(text, add_bos=vocabulary.add_bos, parse_special=True)
-    return Prompt.from_packed(packed, text)
+def _tokenize(
+    vocabulary: Vocabulary,
+    text: str,
+    controls: list[Occurrence] | None,
+    *,
+    is_first: bool = True,
+) -> bytes:
+    """Packed tokens of a text, or of a part of one. ``controls``: see :func:`_render`."""
+    add_bos = vocabulary.add_bos and is_first
+    if controls is not None:
+        return _tokenize_between(vocabulary, text, controls, add_bos=add_bos)
+    if not text and not is_first:
+        return b""
+    return vocabulary.tokenize(text, add_bos=add_bos, parse_special=True)
 
 
-def _tokenize_between(vocabulary: Vocabulary, text: str, controls: list[Occurrence]) -> Prompt:
+def _tokenize_between(
+    vocabulary: Vocabulary, text: str, controls: list[Occurrence], *, add_bos: bool
+) -> bytes:
     """Tokenise ``text`` with these control tokens in it and no others."""
     parts: list[bytes] = []
     strips = {
@@ -137,10 +220,10 @@ def _tokenize_between(vocabulary: Vocabulary, text: str, controls: list[Occurren
             position = control.end
             strip_left = strips[control.token][1]
     packed = b"".join(parts)
-    if vocabulary.add_bos and vocabulary.bos is not None:
+    if add_bos and vocabulary.bos is not None:
         bos = pack([vocabulary.bos])
         packed = packed if packed.startswith(bos) else bos + packed
-    return Prompt.from_packed(packed, text)
+    return packed
 
 
 def _strips(vocabulary: Vocabulary, control: str) -> tuple[bool, bool]:

@@ -10,7 +10,7 @@ from erllama_core.cache.space import ModelSpace
 from erllama_core.errors import ErllamaError, PluginFailed, TimeoutExceeded
 from erllama_core.interfaces.backend import Vocabulary
 from erllama_core.interfaces.block import TOKEN_BYTES
-from erllama_core.interfaces.log import get_logger
+from erllama_core.interfaces.log import get_logger, log_unexpected
 from erllama_core.model.explain import explain
 from erllama_core.model.request import Phase, Request
 from erllama_core.model.roster import Roster
@@ -163,7 +163,8 @@ class Endings:
             raise
         except BaseException as error:  # noqa: BLE001 - a plugin's own code; SystemExit too
             what = f"a plugin raised while request {request.id} ran"
-            self.fail(request, as_erllama_error(error, what))
+            failure = as_erllama_error(error, what, request=request.id, model=request.model)
+            self.fail(request, failure)
 
     def fail(self, request: Request, error: Exception) -> None:
         """End a request with an error, unless its caller has an answer already."""
@@ -223,6 +224,7 @@ class Endings:
 
     def _end(self, request: Request) -> None:
         request.phase = Phase.ENDED
+        self._saver.let_go(request)
         close_sampler(request)
         self._ended(request)
 
@@ -231,15 +233,15 @@ def close_sampler(request: Request) -> None:
     """Free a request's sampler, whatever that raises."""
     try:
         request.sampler.close()
-    except Exception:
-        log.exception("sampler.not_freed", request=request.id)
+    except Exception as error:  # noqa: BLE001 - a backend's own code
+        log_unexpected(log, "sampler.not_freed", error, request=request.id, model=request.model)
 
 
-def as_erllama_error(error: BaseException, what: str) -> ErllamaError:
-    """An error that callers may be given, for whatever a plugin raised."""
+def as_erllama_error(error: BaseException, what: str, **fields: object) -> ErllamaError:
+    """An error that callers may be given, for whatever a plugin raised. ``fields`` are logged."""
     if isinstance(error, ErllamaError):
         return error
-    log.error("plugin.raised", doing=what, exc_info=error)
+    log_unexpected(log, "plugin.raised", error, doing=what, **fields)
     failure = PluginFailed(f"{what}: {error!r}")
     failure.__cause__ = error
     return failure

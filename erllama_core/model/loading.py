@@ -23,6 +23,7 @@ from erllama_core.interfaces.backend import (
     Vocabulary,
 )
 from erllama_core.interfaces.telemetry import RequestFinished
+from erllama_core.model.adapters import Adapters, open_adapter
 from erllama_core.model.fingerprint import (
     chunked_fingerprint,
     combined,
@@ -65,6 +66,7 @@ def open_model(
             raise ModelLoadError(f"the model file {path} was changed while it was loaded")
         quantisation = _quantisation(config, backend)
         rendering = _rendering(backend.vocabulary)
+        adapters = _adapters(config, backend)
     except BaseException:
         backend.close()
         raise
@@ -108,6 +110,7 @@ def open_model(
             decode_budget_ms=chosen.decode_budget_ms,
             resident_cells_max=chosen.resident_cells_max,
         ),
+        adapters,
     )
     try:
         context = _start(worker, provider)
@@ -203,6 +206,14 @@ def _quantisation(config: ModelConfig, backend: BackendModel) -> Quantisation:
     if config.quant_bits is not None and config.quant_bits != found.bits:
         raise _problem("quant_bits", f"the weights have {found.bits} bits, not {config.quant_bits}")
     return found
+
+
+def _adapters(config: ModelConfig, backend: BackendModel) -> Adapters:
+    """The adapters that are loaded with the model; closing it frees them."""
+    return tuple(
+        open_adapter(backend, config.backend, one.path, name=one.name, scale=one.scale)
+        for one in config.adapters
+    )
 
 
 def _rendering(vocabulary: Vocabulary) -> Rendering:

@@ -6,11 +6,14 @@ import functools
 import itertools
 import os
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final, Unpack
 
 import attrs
 
+from erllama_core.cache.budget import Hold
 from erllama_core.cache.cache import Cache
+from erllama_core.cache.policy import SavePolicy
 from erllama_core.errors import (
     CacheError,
     EngineClosed,
@@ -19,18 +22,39 @@ from erllama_core.errors import (
     NotSupported,
     PromptTooLong,
 )
-from erllama_core.interfaces.backend import BackendModel, Context, Embeds, Quantisation
+from erllama_core.interfaces.backend import (
+    BackendModel,
+    Context,
+    Embeds,
+    KVClass,
+    Quantisation,
+    TellsLogits,
+)
 from erllama_core.interfaces.log import get_logger
 from erllama_core.interfaces.markers import ThinkingMarkers, ToolCallMarkers
 from erllama_core.interfaces.stream import ProcessorRequest, RunningSignature
 from erllama_core.interfaces.telemetry import RequestFinished
-from erllama_core.model.chat import render_chat
+from erllama_core.model.adapters import (
+    adapter_name,
+    added,
+    as_scale,
+    check_is_new,
+    open_adapter,
+    removed,
+    scaled,
+)
+from erllama_core.model.chat import check_chat, render_chat, render_text
+from erllama_core.model.chat_append import AppendOnlyCheck
+from erllama_core.model.chat_opening import with_opening
+from erllama_core.model.constraint import sampler_maker
 from erllama_core.model.explain import explain
 from erllama_core.model.options import ReplyKwargs, RequestKwargs, RequestOptions
+from erllama_core.model.replay import Replays
 from erllama_core.model.request import Request
 from erllama_core.model.worker import Worker
 from erllama_core.prompt import Prompt, pack
 from erllama_core.results import (
+    AdapterInfo,
     CacheHit,
     CacheKey,
     Completion,
@@ -39,6 +63,7 @@ from erllama_core.results import (
     ModelInfo,
     Phase,
     Prefill,
+    Replay,
     Stats,
 )
 from erllama_core.stream.pipeline import Pipeline, Stage
@@ -60,6 +85,16 @@ class ReplySetup:
     thinking_markers: ThinkingMarkers | None
     tool_call_markers: ToolCallMarkers | None
     begin_signature: Callable[[], RunningSignature]
+
+    def markers(self, options: RequestOptions) -> tuple[str, ...]:
+        """The texts that mark parts of one request's reply."""
+        names = {stage.provider.name for stage in self.stages}
+        texts: list[str] = []
+        if self.thinking_markers is not None and options.thinking and "thinking" in names:
+            texts += self.thinking_markers.texts().values()
+        if self.tool_call_markers is not None and "tool_calls" in names:
+            texts += self.tool_call_markers.texts().values()
+        return tuple(texts)
 
 
 @attrs.frozen(kw_only=True)
@@ -86,12 +121,16 @@ class ModelParts:
 class Model:
     """Weights, a context and its worker, under an id. Thread-safe."""
 
-    def __init__(self, parts: ModelParts, unload: Callable[[Model], None]) -> None:
+    def __init__(
+        self, parts: ModelParts, unload: Callable[[Model], None], memory: Hold | None = None
+    ) -> None:
         self.id: Final = parts.id
         self._parts: Final = parts
         self._backend: Final = parts.backend
         self._worker: Final = parts.worker
         self._unload: Final = unload
+        self._memory: Final = memory
+        self._append_only: Final = AppendOnlyCheck(parts.id)
         self._closed = False
         self._pid: Final = os.getpid()
 
@@ -103,8 +142,9 @@ class Model:
     def complete(self, prompt: PromptLike, **options: Unpack[RequestKwargs]) -> Completion:
         """Generate a reply and wait for all of it.
 
-        Raises InvalidPrompt, PromptTooLong, SeqCapacity, StickyBusy, TimeoutExceeded,
-        EngineError, EngineClosed; TypeError and ValueError for the options.
+        Raises InvalidPrompt, PromptTooLong, InvalidGrammar, NotSupported, SeqCapacity,
+        StickyBusy, TimeoutExceeded, EngineError, EngineClosed; TypeError and ValueError for the
+        options.
         """
         self._check_open()
         chosen = RequestOptions.of(options)
@@ -220,13 +260,22 @@ class Model:
         limit = self._parts.context_size
         if len(prompt) >= limit + (not generates):
             raise PromptTooLong(len(prompt), limit)
+        if options.logprobs is not None and not isinstance(self._parts.context, TellsLogits):
+            raise NotSupported(
+                f"the backend {self._parts.backend_name!r} of model {self.id!r} gives no "
+                "log-probabilities"
+            )
+        new_sampler = sampler_maker(
+            self._backend, self._parts.backend_name, options, self._parts.reply.markers(options)
+        )
         pipeline = self._pipeline(prompt, options)
         return Request(
             next(_request_ids),
             prompt,
             options,
+            model=self.id,
             context_size=limit,
-            sampler=self._backend.new_sampler(options.sampling(), prompt.packed),
+            new_sampler=new_sampler,
             pipeline=pipeline,
             generates=generates,
             continues=continues,
@@ -285,6 +334,7 @@ class Model:
                 tool_call_markers=setup.tool_call_markers,
                 begin_signature=setup.begin_signature,
             ),
+            may_swap=not options.is_constrained,
         )
 
     def why(self, prompt: PromptLike, *, cache_salt: str | None = None) -> Explanation:
@@ -307,6 +357,57 @@ class Model:
             reused_tokens=reused,
             saving=self._worker.shortfall(len(whole)),
         )
+
+    # ---------------------------------------------------------------- adapters
+
+    def load_adapter(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        name: str | None = None,
+        scale: float = 1.0,
+        timeout_s: float | None = None,
+    ) -> AdapterInfo:
+        """Load a LoRA adapter, under its file's name if not under another, and use it.
+
+        Requests that run end with the adapters that they began with; those that come or wait
+        run with this one too. Returns when it is in effect. ``timeout_s``: seconds that the
+        requests that run have to end, None for any time. Raises AdapterLoadError, AlreadyLoaded,
+        NotSupported, AdapterTimeout, EngineClosed; nothing was changed then.
+        """
+        self._check_open()
+        check_is_new(adapter_name(Path(path), name), self._worker.adapters)
+        adapter = open_adapter(
+            self._backend, self._parts.backend_name, path, name=name, scale=scale
+        )
+        try:
+            self._worker.change_adapters(functools.partial(added, adapter), timeout_s)
+        except BaseException:
+            adapter.weights.close()
+            raise
+        return adapter.info
+
+    def unload_adapter(self, name: str, *, timeout_s: float | None = None) -> None:
+        """Go on without an adapter, and free it; like :meth:`load_adapter` when requests run.
+
+        Raises AdapterNotFound, AdapterTimeout, EngineClosed.
+        """
+        self._check_open()
+        self._worker.change_adapters(functools.partial(removed, name), timeout_s)
+
+    def set_adapter_scale(self, name: str, scale: float, *, timeout_s: float | None = None) -> None:
+        """Have an adapter work more or less; like :meth:`load_adapter` when requests run.
+
+        Raises AdapterNotFound, AdapterTimeout, EngineClosed; AdapterLoadError when the model
+        computes no numbers with that scale.
+        """
+        self._check_open()
+        as_scale(scale)
+        self._worker.change_adapters(functools.partial(scaled, name, scale), timeout_s)
+
+    def list_adapters(self) -> list[AdapterInfo]:
+        """The adapters in effect, in the order in which they were loaded; waits for nobody."""
+        return [one.info for one in self._worker.adapters]
 
     # ----------------------------------------------------------- text and tokens
 
@@ -341,23 +442,80 @@ class Model:
         tools: Sequence[Any] | None = None,
         documents: Sequence[Any] | None = None,
         add_generation_prompt: bool = True,
+        cache_salt: str | None = None,
         **variables: Any,
     ) -> Prompt:
         """A chat as the model's own template renders it.
 
         The characters of a control token in a user's or a tool's message stay ordinary text.
-        ``variables`` reach the template by name. Raises TemplateError.
+        ``variables`` reach the template by name. An assistant's message with an id that a turn
+        was kept under (:meth:`put_replay`) is that turn, token by token: ``replay``, or the ids
+        of its tool calls, or the signature of its thinking; ``cache_salt`` must be the one that
+        it was kept with. Raises TemplateError, also for a template that would use up too much.
         """
         self._check_open()
-        return render_chat(
-            self._backend.vocabulary,
-            self._parts.chat_template,
+        vocabulary = self._backend.vocabulary
+        template = check_chat(self._parts.chat_template, messages)
+        replays = Replays(self._worker.space, vocabulary).of_messages(messages, cache_salt)
+        render = functools.partial(
+            render_chat,
+            vocabulary,
+            template,
             messages,
             tools=tools,
             documents=documents,
-            add_generation_prompt=add_generation_prompt,
             variables=variables,
+            replays=replays,
         )
+        prompt = render(add_generation_prompt=add_generation_prompt)
+        if add_generation_prompt and self._parts.context.kv_class is not KVClass.SPAN:
+            prompt = with_opening(prompt, lambda: render(add_generation_prompt=False))
+        if not replays and prompt.text is not None:
+            given = {**variables, "tools": tools, "documents": documents}
+            self._append_only.look(
+                messages,
+                prompt.text,
+                lambda part, asks: render_text(
+                    vocabulary, template, part, given, add_generation_prompt=asks
+                ),
+                given,
+            )
+        return prompt
+
+    # ------------------------------------------------------------------- replay
+
+    def put_replay(
+        self,
+        ids: str | Sequence[str],
+        completion: Completion,
+        *,
+        cache_salt: str | None = None,
+    ) -> bool:
+        """Keep a turn under an id, or several, for :meth:`apply_chat_template` to put in place.
+
+        ``completion``: what this model replied. Kept in the model's tiers, and found by every
+        process that shares one, also after a restart. Keeping the same again is harmless. False
+        when no tier had room for it. Ids are strings of 1 to 1,024 characters; whoever knows one
+        can have the turn put into a prompt, so let ids be unguessable, or use ``cache_salt``.
+        May wait for a tier. Raises ValueError for an id that stands for another turn, and for a
+        turn without tokens.
+        """
+        self._check_open()
+        if completion.generated:
+            self._checked(completion.context_tokens)
+        replays = Replays(self._worker.space, self._backend.vocabulary)
+        return replays.put(ids, completion, cache_salt)
+
+    def get_replay(self, replay_id: str, *, cache_salt: str | None = None) -> Replay | None:
+        """The turn that is kept under an id; None when there is none. May wait for a tier."""
+        self._check_open()
+        replays = Replays(self._worker.space, self._backend.vocabulary)
+        return replays.get([replay_id], cache_salt).get(replay_id)
+
+    def drop_replay(self, replay_id: str, *, cache_salt: str | None = None) -> None:
+        """Forget a turn; unknown is a no-op. May wait for a tier."""
+        self._check_open()
+        Replays(self._worker.space, self._backend.vocabulary).drop(replay_id, cache_salt)
 
     def embed(self, prompt: PromptLike) -> list[float]:
         """One vector for a text. Raises NotSupported when the backend makes none."""
@@ -414,6 +572,31 @@ class Model:
         """Wait until answered requests have handed their state over; False when time ran out."""
         return self._worker.settle(timeout_s)
 
+    def set_policy(self, policy: SavePolicy) -> None:
+        """Go by another save policy, from the next step on; for the engine.
+
+        Of :data:`LIVE_POLICY` alone: the others must be what they were.
+        """
+        self._worker.set_policy(policy)
+
+    def drop_residents(self, timeout_s: float = 0.0, *, save: bool = True) -> int:
+        """See :meth:`Worker.drop_residents`."""
+        return self._worker.drop_residents(timeout_s, save=save)
+
+    @property
+    def tiers(self) -> tuple[str, ...]:
+        """The names of its tiers, nearest first."""
+        return self._parts.tiers
+
+    @property
+    def last_used_s(self) -> float:
+        """When a request came or ended last, or it was loaded; on the monotonic clock."""
+        return self._worker.last_used_s
+
+    def stop_if_idle(self) -> bool:
+        """Take no more requests, if none runs or waits; for the engine, which closes it then."""
+        return self._worker.stop_if_idle()
+
     def unload(self) -> None:
         """End its requests with EngineClosed and free it. Idempotent."""
         self._unload(self)
@@ -422,6 +605,8 @@ class Model:
         """What :meth:`unload` does, without telling the engine; for the engine. Idempotent."""
         self._closed = True
         self._worker.close()
+        if self._memory is not None:
+            self._memory.release()
 
     def _check_open(self) -> None:
         if self._closed:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, Final, Literal, TypedDict
 
 import attrs
@@ -29,6 +29,7 @@ _RULES: Final[dict[str, tuple[type, bool, float, float]]] = {
     "min_p": (float, False, 0, 1),
     "repetition_penalty": (float, False, 0, math.inf),
     "seed": (int, True, 0, (1 << 32) - 1),
+    "grammar": (str, True, 0, 0),
     "cache_salt": (str, True, 0, 0),
     "parent_key": (bytes, True, 0, 0),
     "thinking": (bool, False, 0, 1),
@@ -68,6 +69,22 @@ def _stop_sequences(given: object) -> tuple[str, ...]:
     return tuple(given)
 
 
+MOST_LOGPROBS: Final = 100
+"""Of the most likely tokens at each position."""
+
+
+def _logprobs(given: object) -> int | None:
+    if given is None or given is False:
+        return None
+    if given is True:
+        return 0
+    if not isinstance(given, int):
+        raise TypeError(f"logprobs={given!r}: True, False, None or an integer is needed")
+    if not 0 <= given <= MOST_LOGPROBS:
+        raise ValueError(f"logprobs={given!r}: a value from 0 to {MOST_LOGPROBS} is needed")
+    return given
+
+
 class ReplyKwargs(TypedDict, total=False):
     """The options of ``continue_session``, as keyword arguments."""
 
@@ -78,6 +95,9 @@ class ReplyKwargs(TypedDict, total=False):
     min_p: float
     repetition_penalty: float
     seed: int | None
+    grammar: str | None
+    json_schema: Mapping[str, Any] | bool | str | None
+    logprobs: bool | int | None
     stop_sequences: Sequence[str] | None
     thinking: bool
     thinking_budget_tokens: int | None
@@ -111,6 +131,13 @@ class RequestOptions:
     repetition_penalty: float = 1.0
     seed: int | None = None
     """None: 0. Equal seeds give equal draws."""
+    grammar: str | None = None
+    """GBNF that all of the reply's text follows, from the rule ``root`` on."""
+    json_schema: Mapping[str, Any] | bool | str | None = None
+    """A JSON schema, or its text: the reply is a JSON text that is valid by it."""
+    logprobs: int | None = attrs.field(default=None, converter=_logprobs)
+    """Give each token's log-probability, and those of so many most likely tokens at its place.
+    True: 0. None or False: give none."""
     stop_sequences: tuple[str, ...] = attrs.field(default=(), converter=_stop_sequences)
     """Texts that end the reply where the first of them begins."""
     thinking: bool = False
@@ -146,6 +173,13 @@ class RequestOptions:
             if not math.isfinite(value) or not least <= value <= most:
                 bound = f"from {least} to {most}" if most < math.inf else f"at least {least}"
                 raise ValueError(f"{name}={value!r}: a value {bound} is needed")
+        if not isinstance(self.json_schema, Mapping | bool | str | None):
+            raise TypeError(
+                f"json_schema={self.json_schema!r}: a schema as a mapping, or as JSON text, is "
+                "needed"
+            )
+        if self.grammar is not None and self.json_schema is not None:
+            raise ValueError("grammar and json_schema: a reply can follow one of them only")
         if self.on_full not in {"block", "error"}:
             raise ValueError(f"on_full={self.on_full!r}: 'block' or 'error' is needed")
         try:
@@ -166,6 +200,11 @@ class RequestOptions:
                 raise TypeError(unknown_name("request option", name, known))
         values: dict[str, Any] = dict(options)
         return cls(**values)
+
+    @property
+    def is_constrained(self) -> bool:
+        """Whether the reply has to look like something."""
+        return self.grammar is not None or self.json_schema is not None
 
     def sampling(self) -> SamplingParams:
         """The part that a backend's sampler needs."""

@@ -8,11 +8,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from erllama_core.cache.keys import ContextKeys
-from erllama_core.interfaces.backend import Sampler
+from erllama_core.interfaces.backend import ConstrainedSampler, PackedTokens, Sampler
 from erllama_core.interfaces.block import TOKEN_BYTES
+from erllama_core.interfaces.log import get_logger
 from erllama_core.interfaces.stream import Done, Event
 from erllama_core.model.explain import Finding
 from erllama_core.model.options import RequestOptions
+from erllama_core.model.snapshots import SnapshotQueue
 from erllama_core.prompt import Prompt, unpack
 from erllama_core.results import (
     CacheDelta,
@@ -22,6 +24,7 @@ from erllama_core.results import (
     GateEstimate,
     HitKind,
     Stats,
+    TokenLogprob,
 )
 from erllama_core.stream.mailbox import Mailbox
 from erllama_core.stream.pipeline import Pipeline
@@ -29,6 +32,8 @@ from erllama_core.stream.pipeline import Pipeline
 if TYPE_CHECKING:
     from erllama_core.model.sequences import LiveSequence
     from erllama_core.model.session import Session
+
+log = get_logger("erllama.model")
 
 
 class Phase(enum.Enum):
@@ -55,8 +60,9 @@ class Request:
         prompt: Prompt,
         options: RequestOptions,
         *,
+        model: str = "",
         context_size: int,
-        sampler: Sampler,
+        new_sampler: Callable[[PackedTokens], Sampler],
         pipeline: Pipeline,
         generates: bool = True,
         continues: bool = False,
@@ -64,9 +70,13 @@ class Request:
         on_answer: Callable[[Request, Stats | Exception], None] | None = None,
     ) -> None:
         self.id: Final = request_id
+        self.model: Final = model
+        """Its model's id, for the log."""
         self._on_answer: Final = on_answer
         self.options: Final = options
         self.prompt_tokens = len(prompt)
+        self.opening_tokens: Final = prompt.opening_tokens
+        """Tokens at the prompt's end that open the reply; 0: not known."""
         self.may_respell: Final = prompt.text is not None
         """Whether its text is what was meant, so that other tokens of that text do as well."""
         self.respelt = False
@@ -78,12 +88,16 @@ class Request:
         """It was given as a session's tokens and more, not as a prompt of its own."""
         self.is_streamed: Final = is_streamed
         self.max_generated = self._room(self.prompt_tokens)
-        self.sampler = sampler
+        self.new_sampler: Final = new_sampler
+        """Makes a sampler of what the request asks for, behind a prompt."""
+        self.sampler = new_sampler(prompt.packed)
         self.pipeline: Final = pipeline
         self.mailbox: Final[Mailbox[Event | Exception]] = Mailbox()
         self.tokens = bytearray(prompt.packed)
         """The context, packed: prompt and reply."""
         self.generated: Final[list[int]] = []
+        self.logprobs: Final[list[TokenLogprob] | None] = None if options.logprobs is None else []
+        """Of the tokens generated, for a request that asks for them."""
         self.keys: ContextKeys | None = None
         """Made when the request is submitted to a worker, which knows the namespace."""
         self.phase = Phase.QUEUED
@@ -113,6 +127,8 @@ class Request:
         """Tokens whose state the sequence holds."""
         self.saved = 0
         """Tokens whose state is stored, counted from the start without a gap."""
+        self.snapshots: Final = SnapshotQueue()
+        """For models whose state cannot be cut."""
         self.tried = 0
         """Tokens up to which a save was tried last, while the reply grows."""
         self.drops = 0
@@ -204,6 +220,12 @@ class Request:
         self.tokens += token.to_bytes(TOKEN_BYTES, "little")
         self.generated.append(token)
 
+    def note_logprob(self, logprob: TokenLogprob) -> None:
+        """How likely the token sampled last was, for a request that asks for it."""
+        assert self.logprobs is not None
+        self.logprobs.append(logprob)
+        self.mailbox.put(logprob)
+
     def stats(
         self,
         finish_reason: FinishReason,
@@ -233,6 +255,10 @@ class Request:
             first_token_s=None if first is None else first - self.submitted_at,
             decode_s=0.0 if first is None else now - first,
             stop_sequence=self.pipeline.stop_sequence,
+            logprobs=None if self.logprobs is None else tuple(self.logprobs),
+            grammar_rejections=(
+                self.sampler.turned_down if isinstance(self.sampler, ConstrainedSampler) else 0
+            ),
             explain=explanation,
         )
 
@@ -243,16 +269,43 @@ class Request:
 
     def finish(self, stats: Stats) -> None:
         """Deliver the end, unless there was one."""
-        self._answer(Done(stats), stats)
+        if self._answer(Done(stats), stats):
+            log.info(
+                "request.finished",
+                request=self.id,
+                model=self.model,
+                reason=stats.finish_reason,
+                prompt_tokens=stats.prompt_tokens,
+                completion_tokens=stats.completion_tokens,
+                cache_hit=stats.cache_hit_kind,
+                reused_tokens=stats.cache_delta.read,
+                first_token_s=_rounded(stats.first_token_s),
+                seconds=_rounded(time.perf_counter() - self.submitted_at),
+            )
 
     def fail(self, error: Exception) -> None:
         """Deliver an error instead of an end, unless there was one."""
-        self._answer(error, error)
+        if self._answer(error, error):
+            # Not what it says, which is for the caller.
+            log.info(
+                "request.failed",
+                request=self.id,
+                model=self.model,
+                error=type(error).__name__,
+                prompt_tokens=self.prompt_tokens,
+                completion_tokens=len(self.generated),
+            )
 
-    def _answer(self, end: Done | Exception, outcome: Stats | Exception) -> None:
+    def _answer(self, end: Done | Exception, outcome: Stats | Exception) -> bool:
+        """Whether this is the answer."""
         if self.is_answered:
-            return
+            return False
         self.is_answered = True
         self.mailbox.put(end)
         if self._on_answer is not None:
             self._on_answer(self, outcome)
+        return True
+
+
+def _rounded(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 6)

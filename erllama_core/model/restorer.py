@@ -17,7 +17,7 @@ from erllama_core.cache.loader import Fetch
 from erllama_core.cache.lookup import Match
 from erllama_core.cache.space import ModelSpace
 from erllama_core.interfaces.backend import Context, KVClass, Mark
-from erllama_core.interfaces.log import get_logger
+from erllama_core.interfaces.log import get_logger, told
 from erllama_core.model.explain import examine
 from erllama_core.model.request import Phase, Request
 from erllama_core.model.sequences import LiveSequence, SequencePool, shared_tokens
@@ -40,8 +40,8 @@ class Restorer:
     ``post`` runs something on the worker; what it raises there ends that request, as with
     ``guard``. ``running`` are the requests that have a sequence. ``respell`` has a request go
     on with other tokens of its text if there is room for them. When a request's sequence is as
-    far as it gets, ``ready`` is called with the logits to sample its first token from, if they
-    were stored.
+    far as it gets, ``ready`` is called; with the logits at its end if they were stored, and, for
+    one that wants a reply, the token drawn from them.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Restorer:
         guard: Callable[[Request, Callable[[Request], None]], None],
         running: Callable[[], Iterable[Request]],
         respell: Callable[[Request, bytes], bool],
-        ready: Callable[[Request, Mark | None], None],
+        ready: Callable[[Request, Mark | None, int | None], None],
     ) -> None:
         self._context: Final = context
         self._space: Final = space
@@ -172,7 +172,7 @@ class Restorer:
         try:
             shared = self._context.share(donor.seq, own.seq, length)
         except Exception as error:  # noqa: BLE001 - a backend's own mistake
-            log.warning("share.refused", request=request.id, error=repr(error))
+            log.warning("share.refused", request=request.id, model=request.model, error=told(error))
             self._context.drop(own.seq)
             shared = False
         if not shared:
@@ -195,8 +195,6 @@ class Restorer:
 
     def _leader(self, request: Request) -> tuple[Request | None, int]:
         """The running request that is going to compute most of this one's next tokens."""
-        if self._context.kv_class is KVClass.WHOLE:
-            return None, 0
         best: Request | None = None
         most = 0
         assert request.keys is not None
@@ -331,7 +329,9 @@ class Restorer:
         except Exception as error:  # noqa: BLE001 - StateRejected, or a backend's own mistake
             # The sequence may hold a part. What was refused once will be refused again, so
             # the prompt is computed: cache trouble never fails a request.
-            log.warning("restore.refused", request=request.id, error=str(error))
+            log.warning(
+                "restore.refused", request=request.id, model=request.model, error=told(error)
+            )
             self._space.refused(fetch.match)
             _note(request, f"the backend refused the stored state: {error}")
             self._restart(request)
@@ -372,6 +372,11 @@ class Restorer:
             request.read, request.sources = length, sources
 
     def _done(self, request: Request, match: Match | None, mark: Mark | None) -> None:
+        token = None
+        if mark is not None and request.generates:
+            token = request.sampler.sample_mark(mark, greedy=request.pipeline.greedy)
+            if token is None:
+                match, mark = self._without_last(request, match), None
         now = time.perf_counter()
         if not request.is_counted:
             if match is None:
@@ -384,7 +389,20 @@ class Restorer:
             request.is_counted = True
             self.last_hit = CacheHit(request.hit_kind, request.read)
         request.phase = Phase.PREFILLING
-        self._ready(request, mark)
+        self._ready(request, mark, token)
+
+    def _without_last(self, request: Request, match: Match | None) -> Match | None:
+        """Leave the last token to compute: a grammar turned down what its stored logits gave."""
+        length = request.length - 1
+        assert request.live is not None
+        assert match is not None
+        if not length or not self._context.truncate(request.live.seq, length):
+            self.empty(request)
+            return None
+        self._pool.ledger.cut(request.live.seq, length)
+        request.computed = length
+        self._note_read(request, length, request.sources)
+        return attrs.evolve(match, length=length, mark=None)
 
     def _mark_would_serve(self, request: Request) -> bool:
         size = self._space.mark_size

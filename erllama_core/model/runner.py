@@ -13,7 +13,8 @@ from erllama_core.cache.space import ModelSpace
 from erllama_core.errors import EngineClosed, EngineReset
 from erllama_core.interfaces.backend import BackendModel, Context
 from erllama_core.interfaces.block import TOKEN_BYTES
-from erllama_core.interfaces.log import get_logger
+from erllama_core.interfaces.log import get_logger, log_unexpected
+from erllama_core.model.adapters import AdapterTable, Barrier
 from erllama_core.model.admission import Admission
 from erllama_core.model.endings import Endings
 from erllama_core.model.inbox import Inbox
@@ -49,13 +50,15 @@ class Runner:
         policy: SavePolicy,
         sessions: SessionTable,
         *,
+        adapters: AdapterTable,
         resident_cells_max: int | None,
         ended: Callable[[Request], None],
     ) -> None:
         self.name: Final = name
         self._model: Final = model
-        self._policy: Final = policy
+        self._policy = policy
         self._sessions: Final = sessions
+        self._adapters: Final = adapters
         self._resident_cells_max: Final = resident_cells_max
         self._ended: Final = ended
         self.inbox: Final = Inbox()
@@ -73,6 +76,7 @@ class Runner:
         self.stepper: Stepper
         self.restorer: Restorer
         self.endings: Endings
+        self._barrier: Barrier
         self._admission: Admission
 
     # -------------------------------------------------------------- to be posted
@@ -90,6 +94,13 @@ class Runner:
         """Save what running requests have computed; they go on."""
         for request in self.roster.active:
             self.saver.at_end(request, None, "evict")
+
+    def set_policy(self, policy: SavePolicy) -> None:
+        """Go by another policy from the next tick on, in what the space does not know."""
+        self._policy = policy
+        self.saver.set_policy(policy)
+        self.stepper.set_composer(self._new_composer())
+        self._barrier.save_timeout_s = policy.evict_save_timeout_ms / 1000
 
     def end_session(self, session: Session) -> None:
         """Its sequence is like any other from now on."""
@@ -160,7 +171,7 @@ class Runner:
             guard=self.endings.guard,
             running=lambda: tuple(self.roster.active),
             respell=self._respell,
-            ready=lambda request, mark: self.stepper.restored(request, mark),  # noqa: PLW0108
+            ready=lambda *found: self.stepper.restored(*found),  # noqa: PLW0108
         )
         self.stepper = Stepper(
             context,
@@ -171,14 +182,30 @@ class Runner:
             self.roster,
             self.restorer,
             self.endings,
-            TickComposer(
-                context.n_batch, self._policy.prefill_chunk_size, self._policy.stall_target_ms
-            ),
+            self._new_composer(),
             self.watch,
         )
-        self._admission = Admission(
-            self.pool, self.roster, guard=self.endings.guard, start=self.restorer.start
+        self._barrier = Barrier(
+            self._adapters,
+            context,
+            self.space,
+            self.pool,
+            self.roster,
+            self.watch,
+            save_timeout_s=self._policy.evict_save_timeout_ms / 1000,
         )
+        self._barrier.open()
+        self._admission = Admission(
+            self.pool,
+            self.roster,
+            may_begin=self._barrier.may_begin,
+            guard=self.endings.guard,
+            start=self.restorer.start,
+        )
+
+    def _new_composer(self) -> TickComposer:
+        policy = self._policy
+        return TickComposer(self.context.n_batch, policy.prefill_chunk_size, policy.stall_target_ms)
 
     def close_context(self) -> None:
         """Free the context, if it was opened."""
@@ -198,6 +225,7 @@ class Runner:
         self.restorer.settle_followers()
         computed = self.stepper.step()
         # After whatever sets sequences free, so that nobody waits for news.
+        self._barrier.proceed()
         admitted = self._admission.admit()
         self._let_settled()
         self._may_rest = not (computed or admitted)
@@ -242,10 +270,9 @@ class Runner:
         needed = request.max_tokens_after(len(tokens) // TOKEN_BYTES)
         if needed is None or request.generated:
             return False
-        sampling = request.options.sampling()
         sampler = None
-        if sampling.repetition_penalty != 1.0:  # else it has no use for the prompt's tokens
-            sampler = self._model.new_sampler(sampling, tokens)
+        if request.options.repetition_penalty != 1.0:  # else the prompt's tokens are no use to it
+            sampler = request.new_sampler(tokens)
         keys = self.space.keys(request.tokens, request.options.cache_salt)
         before = bytes(request.tokens[: request.computed * TOKEN_BYTES])
         request.respell(tokens, keys, sampler)
@@ -257,6 +284,7 @@ class Runner:
 
     def shut_down(self) -> None:
         """Answer everybody, then save what there is. Who submits from now on is told at once."""
+        self._adapters.fail_all(EngineClosed(f"model {self.name!r} was closed"))
         self._drain(lambda: not self.inbox.is_empty)
         error = EngineClosed(f"model {self.name!r} was closed before the request ended")
         ran = self.endings.close_all(error)
@@ -280,5 +308,5 @@ class Runner:
                 return
             try:
                 message(self)
-            except Exception:
-                log.exception("worker.message_failed", model=self.name)
+            except Exception as error:  # noqa: BLE001 - the others are still to be done
+                log_unexpected(log, "worker.message_failed", error, model=self.name)

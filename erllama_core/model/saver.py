@@ -14,8 +14,9 @@ from erllama_core.cache.keys import ContextKeys
 from erllama_core.cache.policy import SavePolicy
 from erllama_core.cache.space import ModelSpace, NewBlock
 from erllama_core.interfaces.backend import Context, KVClass, RangeExport
-from erllama_core.interfaces.log import get_logger
+from erllama_core.interfaces.log import get_logger, told
 from erllama_core.model.request import Request
+from erllama_core.model.snapshots import interval_of, opening, positions
 
 log = get_logger("erllama.model")
 
@@ -30,8 +31,14 @@ class Saver:
     def __init__(self, context: Context, space: ModelSpace, policy: SavePolicy) -> None:
         self._context: Final = context
         self._space: Final = space
-        self._policy: Final = policy
+        self._policy = policy
         self._align: Final = space.align_tokens
+        self._snapshot_bytes = 0
+        """Of the last snapshot: that of another one is much the same."""
+
+    def set_policy(self, policy: SavePolicy) -> None:
+        """Go by another policy from now on; what was saved by the old one stays."""
+        self._policy = policy
 
     def saves(self, tokens: int) -> bool:
         """Whether a context of that length is saved at all."""
@@ -52,7 +59,8 @@ class Saver:
         if drops:
             return (
                 f"{drops} saves were dropped, as too much waited to be written "
-                "(max_inflight_bytes); what is missing is tried again when the reply has ended"
+                "(max_inflight_bytes) or memory_budget_bytes had no room; what is missing is "
+                "tried again when the reply has ended"
             )
         boundary = policy.cold_boundary(prompt, self._align)
         if boundary == prompt:
@@ -71,6 +79,36 @@ class Saver:
             f"when the reply has ended: {why}"
         )
 
+    def plan(self, request: Request) -> None:
+        """A request's sequence stands where computing begins: see where slices have to end."""
+        plan: list[int] = []
+        prompt = request.prompt_tokens
+        boundary = self._policy.cold_boundary(prompt, self._align)
+        if self._takes_snapshots and boundary and self.saves(prompt):
+            assert request.keys is not None
+            text = request.keys.text
+            offered = [] if text is None else text.points()
+            at = opening(prompt, request.opening_tokens, offered)
+            plan = positions(
+                start=request.computed,
+                limit=min(boundary, prompt - 1),  # the end has one in any case
+                interval=interval_of(self._policy, self._snapshot_bytes, self._context.n_ctx),
+                least=max(1, self._policy.min_tokens),
+                wanted=[request.saved, boundary, *([] if at is None else [at])],
+                offered=offered,
+            )
+        request.snapshots.planned = frozenset(plan)
+        request.stops.update(plan)
+
+    def let_go(self, request: Request) -> None:
+        """A request has ended or lost its state: what it was to store later is not stored."""
+        for _, buffer in request.snapshots.all():
+            self._space.forgo(buffer)
+
+    @property
+    def _takes_snapshots(self) -> bool:
+        return self._space.kv_class is not KVClass.SPAN
+
     def after_prefill(self, request: Request, row: int | None) -> None:
         """A part of the prompt was computed; ``row``: where its last logits are, at its end."""
         with self._unharmed(request):
@@ -81,6 +119,8 @@ class Saver:
         boundary = self._policy.cold_boundary(prompt, self._align)
         if not boundary or not self.saves(prompt):
             return
+        if request.computed in request.snapshots.planned:
+            self._take_snapshot(request)
         reached = min(boundary, request.computed)
         if reached < boundary:
             reached -= reached % self._align
@@ -113,6 +153,7 @@ class Saver:
             request.saved = self._covered(request)
             self._save_blocks(request, request.computed, reason)
             self._save_end(request, row, reason)
+            self._thin(request)
             self._space.touch(request.keys, request.computed)
             if reason in DURABLE_REASONS:
                 self._space.make_durable(request.keys, request.computed)
@@ -134,15 +175,12 @@ class Saver:
         """Whether all that a sequence holds could be restored."""
         keys, position = request.keys, request.computed
         assert keys is not None
-        snapshots = self._space.kv_class is not KVClass.SPAN
-        if snapshots and not self._space.has_snapshot(keys, position):
+        if self._takes_snapshots and not self._space.has_snapshot(keys, position):
             return False
         return self._covered(request) >= position
 
     def _covered(self, request: Request) -> int:
-        """Tokens of a sequence that are stored in blocks; of whole states there are none."""
-        if self._space.kv_class is KVClass.WHOLE:
-            return request.computed
+        """Tokens of a sequence that are stored in blocks."""
         assert request.keys is not None
         return self._space.covered(request.keys, request.computed)
 
@@ -153,13 +191,11 @@ class Saver:
             yield
         except Exception as error:  # noqa: BLE001 - a backend's own code, or the cache's
             self._space.count_unsaved()
-            log.warning("save.failed", request=request.id, error=repr(error))
+            log.warning("save.failed", request=request.id, model=request.model, error=told(error))
 
     def _save_blocks(self, request: Request, end: int, reason: SaveReason) -> None:
         keys = request.keys
         assert keys is not None
-        if self._space.kv_class is KVClass.WHOLE:
-            return
         blocks: list[tuple[NewBlock, SaveBuffer]] = []
         try:
             position = self._lay_out(request, keys, end, blocks)
@@ -171,6 +207,11 @@ class Saver:
         for block, pages in blocks:
             self._space.submit_block(keys, block, pages, reason)
         request.saved = position
+        ready = request.snapshots.until(position)
+        for at, pages in ready:
+            self._space.submit_snapshot(keys, at, pages, reason)
+        if ready:
+            self._thin(request)
 
     def _lay_out(
         self,
@@ -185,7 +226,7 @@ class Saver:
             block = self._space.next_block(keys, position, end)
             if block is None:
                 return end
-            size = self._context.range_bytes(request.seq, block.start, block.end)
+            size = self._block_bytes(request, block)
             pages = self._reserve(request, size)
             if pages is None:
                 break
@@ -193,9 +234,15 @@ class Saver:
             position = block.end
         return position
 
+    def _block_bytes(self, request: Request, block: NewBlock) -> int:
+        """Where only whole states are stored, a block says which tokens they belong to."""
+        if self._space.kv_class is KVClass.WHOLE:
+            return 0
+        return self._context.range_bytes(request.seq, block.start, block.end)
+
     def _export(self, request: Request, blocks: Sequence[tuple[NewBlock, SaveBuffer]]) -> None:
         """Copy all of them at once: it may cost as much as copying one."""
-        if not blocks:
+        if not blocks or self._space.kv_class is KVClass.WHOLE:
             return
         started = time.perf_counter_ns()
         ranges = [RangeExport(block.start, block.end, pages.view) for block, pages in blocks]
@@ -208,21 +255,37 @@ class Saver:
         assert keys is not None
         position = request.computed
         space = self._space
-        if space.kv_class is not KVClass.SPAN and not space.has_snapshot(keys, position):
-            self._save_snapshot(request, keys, position, reason)
+        if self._takes_snapshots and not space.has_snapshot(keys, position):
+            pages = self._snapshot(request)
+            if pages is not None:
+                space.submit_snapshot(keys, position, pages, reason)
         if row is not None and not space.has_mark(keys, position):
             space.submit_mark(keys, position, self._context.mark(row, space.mark_size), reason)
 
-    def _save_snapshot(
-        self, request: Request, keys: ContextKeys, position: int, reason: SaveReason
-    ) -> None:
-        pages = self._copy(
+    def _take_snapshot(self, request: Request) -> None:
+        """Take one where the sequence stands, and keep it until the blocks before it are stored."""
+        keys, position = request.keys, request.computed
+        assert keys is not None
+        if self._space.has_snapshot(keys, position) or request.snapshots.has(position):
+            return
+        pages = self._snapshot(request)
+        if pages is not None:
+            request.snapshots.add(position, pages)
+
+    def _snapshot(self, request: Request) -> SaveBuffer | None:
+        self._snapshot_bytes = self._context.snapshot_bytes(request.seq)
+        return self._copy(
             request,
-            self._context.snapshot_bytes(request.seq),
+            self._snapshot_bytes,
             functools.partial(self._context.export_snapshot, request.seq),
         )
-        if pages is not None:
-            self._space.submit_snapshot(keys, position, pages, reason)
+
+    def _thin(self, request: Request) -> None:
+        if self._takes_snapshots:
+            assert request.keys is not None
+            self._space.thin_snapshots(
+                request.keys, request.computed, self._policy.snapshot_bytes_max
+            )
 
     def _copy(
         self, request: Request, size: int, export: Callable[[memoryview], None]

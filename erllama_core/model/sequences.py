@@ -216,10 +216,15 @@ class SequencePool:
             return self.ledger.exclusive({live.seq for live in lives})
         return sum(live.length for live in lives)
 
-    def drop_all_idle(self) -> None:
-        """Drop every resident, pinned or not."""
-        for live in self.residents():
-            self.drop(live)
+    def drop_all_idle(self, *, save: bool = True) -> int:
+        """Drop every resident, pinned or not; how many there were."""
+        residents = self.residents()
+        for live in residents:
+            if save:
+                self.drop(live)
+            else:
+                self.forget(live)
+        return len(residents)
 
     def residents(self) -> list[LiveSequence]:
         """Idle sequences that hold a context."""

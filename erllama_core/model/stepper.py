@@ -11,8 +11,9 @@ from erllama_core.cache.space import ModelSpace
 from erllama_core.errors import DecodeAborted, DecodeTimeout
 from erllama_core.interfaces.backend import Context, Mark, Row, Vocabulary
 from erllama_core.interfaces.block import TOKEN_BYTES
-from erllama_core.interfaces.log import get_logger
+from erllama_core.interfaces.log import get_logger, told
 from erllama_core.model.endings import Endings, as_erllama_error
+from erllama_core.model.logprobs import FindLogprob, marked_logprob, row_logprob
 from erllama_core.model.request import Phase, Request
 from erllama_core.model.restorer import Restorer
 from erllama_core.model.roster import Roster
@@ -44,6 +45,7 @@ class Stepper:
         watch: StepWatch,
     ) -> None:
         self._context: Final = context
+        self._vocabulary: Final = vocabulary
         self._end_of_generation: Final = vocabulary.end_of_generation
         self._space: Final = space
         self._saver: Final = saver
@@ -51,10 +53,14 @@ class Stepper:
         self._roster: Final = roster
         self._restorer: Final = restorer
         self._endings: Final = endings
-        self._composer: Final = composer
+        self._composer = composer
         self._watch: Final = watch
         self.pace: Final = Pace()
         self.preemptions = 0
+
+    def set_composer(self, composer: TickComposer) -> None:
+        """Compose batches in another way from the next one on."""
+        self._composer = composer
 
     def step(self) -> bool:
         """One batch: a token of every running reply, then parts of prompts in fair turns.
@@ -136,9 +142,12 @@ class Stepper:
 
     def _preempt(self, request: Request) -> None:
         """Take a request's cells; it goes on where it was when all that it needs is free."""
-        log.debug("request.preempted", request=request.id, tokens=request.computed)
+        log.debug(
+            "request.preempted", request=request.id, model=request.model, tokens=request.computed
+        )
         self.preemptions += 1
         self._saver.at_end(request, None, "evict")
+        self._saver.let_go(request)
         live = request.live
         assert live is not None
         self._roster.suspend(request)
@@ -167,8 +176,9 @@ class Stepper:
                 "time, or compute less at once (n_batch, prefill_chunk_size)"
             )
         elif not asked:
-            log.warning("step.failed", error=str(error))
-        failure = as_erllama_error(error, "the backend raised in a step")
+            requests = [request.id for request in batch]
+            log.warning("step.failed", model=batch[0].model, requests=requests, error=told(error))
+        failure = as_erllama_error(error, "the backend raised in a step", model=batch[0].model)
         # All of them before any ends: who waits for one of them looks at what the others hold.
         broken = [r for r in batch if self._context.length(r.seq) != r.computed]
         for request in broken:
@@ -185,20 +195,24 @@ class Stepper:
         if request.phase is Phase.CLOSING:
             self._endings.release(request)
         else:
+            self._saver.let_go(request)
             request.saved = request.tried = 0
             self._endings.guard(request, self._restorer.start)
 
     # ----------------------------------------------------------------- what comes of it
 
-    def restored(self, request: Request, mark: Mark | None) -> None:
-        """The sequence of a request is as far as anything but computing brings it."""
+    def restored(self, request: Request, mark: Mark | None, token: int | None) -> None:
+        """The sequence of a request is as far as anything but computing brings it.
+
+        ``mark``: the logits at its end, if they were stored; ``token``: what was drawn from them.
+        """
+        self._saver.plan(request)
         if mark is None:
             return
-        if not request.generates:
+        if token is None:
             self._endings.answer(request, "length")
         else:
-            greedy = request.pipeline.greedy
-            self._take(request, request.sampler.sample_mark(mark, greedy=greedy))
+            self._take(request, token, functools.partial(marked_logprob, mark))
         if request.phase is Phase.CLOSING and request.computed == request.length:
             self._endings.leave(request)  # it said nothing, and what it read is stored
 
@@ -206,10 +220,10 @@ class Stepper:
         if not request.generates:
             self._endings.answer(request, "length")
             return
-        greedy = request.pipeline.greedy
-        self._take(request, self._context.sample(row, request.sampler, greedy=greedy))
+        token = self._context.sample(row, request.sampler, greedy=request.pipeline.greedy)
+        self._take(request, token, functools.partial(row_logprob, self._context, row))
 
-    def _take(self, request: Request, token: int) -> None:
+    def _take(self, request: Request, token: int, find: FindLogprob) -> None:
         """A token was sampled: tell the caller, and see whether it was the last one."""
         if request.phase is Phase.PREFILLING:
             request.phase = Phase.GENERATING
@@ -222,6 +236,8 @@ class Stepper:
             self._endings.answer(request, "stop")
             return
         request.append(token)
+        if request.logprobs is not None:
+            request.note_logprob(find(self._vocabulary, token, request.options.logprobs or 0))
         for event in request.pipeline.feed(token):
             request.mailbox.put(event)
         if request.pipeline.ended:

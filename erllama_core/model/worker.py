@@ -17,9 +17,16 @@ import attrs
 from erllama_core import results
 from erllama_core.cache.policy import SavePolicy
 from erllama_core.cache.space import ModelSpace
-from erllama_core.errors import DecodeTimeout, EngineClosed, ModelLoadError, SeqCapacity
+from erllama_core.errors import (
+    DecodeTimeout,
+    EngineClosed,
+    ModelLoadError,
+    NotSupported,
+    SeqCapacity,
+)
 from erllama_core.interfaces.backend import BackendModel, Context, KVClass
-from erllama_core.interfaces.log import get_logger
+from erllama_core.interfaces.log import get_logger, log_unexpected
+from erllama_core.model.adapters import Adapters, AdapterTable
 from erllama_core.model.endings import as_erllama_error, close_sampler
 from erllama_core.model.explain import Finding, examine
 from erllama_core.model.request import Phase, Request
@@ -57,14 +64,16 @@ class Worker:
         model: BackendModel,
         open_space: Callable[[Context], ModelSpace],
         options: WorkerOptions,
+        adapters: Adapters = (),
     ) -> None:
         self.name: Final = name
         self._model: Final = model
         self._open_space: Final = open_space
-        self._options: Final = options
+        self._options = options
         self._lock: Final = threading.Lock()
         self._accepts = True
         self._sessions: Final = SessionTable()
+        self._adapters: Final = AdapterTable(model, adapters)
         self._unfinished: Final[set[Request]] = set()
         self._asking: Final[set[threading.Event]] = set()
         """What callers wait for who had the worker do something."""
@@ -82,6 +91,8 @@ class Worker:
         """Requests that runners preempted that are no more."""
         self.quarantined = 0
         """Contexts that were given up because a native call in them did not come back."""
+        self.last_used_s = time.monotonic()
+        """When a request came or ended last, on the monotonic clock."""
 
     # ------------------------------------------------------------------ life
 
@@ -131,7 +142,7 @@ class Worker:
         ``goes_on_from``: see :meth:`SessionTable.begin`.
         """
         # Reading the text of a long prompt takes a while, so the caller's thread does it.
-        request.keys = self._space.keys(request.tokens, request.options.cache_salt)
+        request.keys = self.space.keys(request.tokens, request.options.cache_salt)
         if request.keys.text is not None:
             request.keys.text.catch_up()
         with self._lock:
@@ -143,6 +154,7 @@ class Worker:
                     request.options.session_id, request, goes_on_from
                 )
             self._unfinished.add(request)
+            self.last_used_s = time.monotonic()
             self._runner.inbox.post(lambda runner: runner.roster.enter(request))
 
     def _check_accepts(self) -> None:
@@ -162,6 +174,7 @@ class Worker:
         """A request is over. On the worker's thread."""
         with self._lock:
             self._unfinished.discard(request)
+            self.last_used_s = time.monotonic()
 
     def cancel(self, request: Request) -> None:
         """End a request at its next token; nothing happens when it has ended.
@@ -218,6 +231,30 @@ class Worker:
         self._ask(reset)
         return True
 
+    # --------------------------------------------------------------- adapters
+
+    @property
+    def adapters(self) -> Adapters:
+        """Those in effect. Waits for nobody."""
+        return self._adapters.current
+
+    def change_adapters(
+        self, apply: Callable[[Adapters], Adapters], timeout_s: float | None = None
+    ) -> None:
+        """Have other adapters from now on: requests that run end first, and others wait.
+
+        ``apply`` makes the new ones from those there are, and changes nothing else. Raises what
+        it raises, AdapterTimeout, what attaching them raises, EngineClosed.
+        """
+        if threading.current_thread() is self._thread:
+            raise NotSupported("a stream processor cannot change adapters: its own request runs")
+        with self._lock:
+            self._check_accepts()
+            change = self._adapters.ask(apply)
+            self._runner.inbox.post(_nothing)
+        # Whom it held up is let in when it is taken back.
+        self._adapters.wait(change, timeout_s, lambda: self._runner.inbox.post(_nothing))
+
     # ------------------------------------------------------------------ state
 
     def settle(self, timeout_s: float | None = None) -> bool:
@@ -245,11 +282,43 @@ class Worker:
             done.set()
 
         self._ask(save, timeout_s)
-        return saved and self._space.wait_written(max(0.0, deadline - time.monotonic()))
+        return saved and self.space.wait_written(max(0.0, deadline - time.monotonic()))
 
-    def drop_residents(self) -> None:
-        """Have idle sequences give back their cells; their state is saved first."""
-        self._runner.inbox.post(lambda runner: runner.pool.drop_all_idle())
+    def set_policy(self, policy: SavePolicy) -> None:
+        """Go by another policy, from the next tick on.
+
+        What of it makes state incompatible, or decides which tiers get it, must be as it was.
+        """
+        with self._lock:
+            self._options = attrs.evolve(self._options, policy=policy)
+            self._runner.inbox.post(lambda runner: runner.set_policy(policy))
+
+    def drop_residents(self, timeout_s: float = 0.0, *, save: bool = True) -> int:
+        """Have idle sequences give back their cells; with ``save`` their state is saved first.
+
+        How many did within ``timeout_s``: a worker that is in the middle of a step, or closed,
+        gives 0, and drops them later.
+        """
+        dropped = 0
+
+        def drop(runner: Runner, done: threading.Event) -> None:
+            nonlocal dropped
+            dropped = runner.pool.drop_all_idle(save=save)
+            done.set()
+
+        self._ask(drop, timeout_s)
+        return dropped
+
+    def stop_if_idle(self) -> bool:
+        """Take no more requests, if none runs or waits; False, and nothing changed, if one does.
+
+        To be closed then.
+        """
+        with self._lock:
+            if self._unfinished or not self._accepts:
+                return False
+            self._accepts = False
+            return True
 
     def _ask(
         self, act: Callable[[Runner, threading.Event], None], timeout_s: float | None = None
@@ -320,7 +389,7 @@ class Worker:
 
     def examine(self, prompt: Prompt, salt: str | None) -> tuple[Finding, KVClass]:
         """What is stored of a prompt now. Computes nothing, and waits for nobody."""
-        space = self._space
+        space = self.space
         keys = space.keys(bytearray(prompt.packed), salt)
         match = space.find(keys, may_sample=True)
         other = space.respell(keys, match) if prompt.text is not None else None
@@ -341,7 +410,8 @@ class Worker:
         return self._runner.last_hit
 
     @property
-    def _space(self) -> ModelSpace:
+    def space(self) -> ModelSpace:
+        """The model's part of the cache; for what is thread-safe in it."""
         return self._runner.space
 
     # ------------------------------------------------------------- the threads
@@ -353,6 +423,7 @@ class Worker:
             self._model,
             self._options.policy,
             self._sessions,
+            adapters=self._adapters,
             resident_cells_max=self._options.resident_cells_max,
             ended=self._ended,
         )
@@ -389,6 +460,7 @@ class Worker:
                 before.inbox.bequeath(runner.inbox)
             if not self._accepts:
                 runner.inbox.post(Runner.stop)
+            runner.inbox.post(_nothing)  # so that it looks at what it was left
         self._opened.set()
         return True
 
@@ -405,13 +477,13 @@ class Worker:
             self._accepts = False
         try:
             runner.shut_down()
-        except BaseException:
-            log.exception("worker.not_shut_down", model=self.name)
+        except BaseException as error:  # noqa: BLE001 - a backend's own code
+            log_unexpected(log, "worker.not_shut_down", error, model=self.name)
         return None
 
     def _heir_after(self, runner: Runner, error: BaseException) -> Runner | None:
         """Who serves those that wait, after a runner has failed; None when nobody can."""
-        log.error("context.lost", model=self.name, exc_info=error)
+        log_unexpected(log, "context.lost", error, model=self.name)
         failure = as_erllama_error(error, f"the worker of model {self.name!r} failed")
         runner.lose(failure)
         with self._lock:
@@ -425,16 +497,17 @@ class Worker:
         """The context first, then the weights under it, when no other stands on them."""
         try:
             runner.close_context()
-        except BaseException:
-            log.exception("model.not_freed", model=self.name)
+        except BaseException as error:  # noqa: BLE001 - a backend's own code
+            log_unexpected(log, "model.not_freed", error, model=self.name)
         with self._lock:
             self._runners_alive -= 1
             last = not self._runners_alive and not self._accepts
         if last:
+            self._adapters.close()
             try:
                 self._model.close()
-            except BaseException:
-                log.exception("model.not_freed", model=self.name)
+            except BaseException as error:  # noqa: BLE001 - a backend's own code
+                log_unexpected(log, "model.not_freed", error, model=self.name)
         if heir is None and not runner.watch.is_abandoned:
             self._finish()
 
@@ -455,6 +528,7 @@ class Worker:
         error = EngineClosed(f"model {self.name!r} was closed before the request ended")
         for request in left:
             self._answer_lost(request, error)
+        self._adapters.fail_all(error)
         with self._lock:
             self._finished.set()
             for asking in self._asking:
@@ -478,8 +552,8 @@ class Worker:
             runner = self._runner
             try:
                 given_up = runner.watch.check(budget_s, runner.context.abort)
-            except Exception:
-                log.exception("step.not_aborted", model=self.name)
+            except Exception as error:  # noqa: BLE001 - a backend's own code
+                log_unexpected(log, "step.not_aborted", error, model=self.name)
             else:
                 if given_up:
                     self._quarantine(runner)
@@ -490,7 +564,8 @@ class Worker:
         Those whose tokens it computes are told; those who wait are served by another runner.
         """
         self.quarantined += 1
-        log.error("context.quarantined", model=self.name, requests=len(runner.roster.active))
+        requests = [request.id for request in list(runner.roster.active)]
+        log.error("context.quarantined", model=self.name, requests=requests)
         error = DecodeTimeout(
             "a step did not end, not even when it was aborted; the model goes on with a new context"
         )

@@ -1,1 +1,1 @@
-"""Memory pressure: the built-in source."""
+"""Memory pressure: sources are read, and memory is given back before the system takes it."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from erllama_core.interfaces.pressure import PressureReading
+from erllama_core.interfaces.pressure import Reading
 
 
 class NoopPressure:
     """No readings: a monitor with this source alone evicts nothing."""
 
-    def sample(self) -> tuple[PressureReading, ...]:
+    def sample(self) -> tuple[Reading, ...]:
         return ()
 
     def close(self) -> None:

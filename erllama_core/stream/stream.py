@@ -158,4 +158,5 @@ class Stream:
             thinking=b"".join(self._thinking).decode("utf-8", errors="replace"),
             thinking_signature=self._thinking_signature,
             tool_calls=tuple(self._tool_calls),
+            logprobs=stats.logprobs,
         )

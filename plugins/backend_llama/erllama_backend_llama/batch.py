@@ -14,6 +14,9 @@ from erllama_core.interfaces.backend import Row
 
 _TOKEN: Final = np.dtype("<u4")
 
+Output = tuple[int, int]
+"""A row's last token: its index in the batch, and how many rows lie before it there."""
+
 
 class Batch:
     """Memory for ``n_batch`` tokens in the layout of ``struct llama_batch``.
@@ -43,40 +46,60 @@ class Batch:
         native.logits = _pointer(self._wanted, ctypes.c_int8)
         self.native: Final = native
 
-    def fill(self, rows: Sequence[Row]) -> list[int]:
-        """Lay the rows out; for each, the index of its last token, whose logits are computed.
+    def fill(self, rows: Sequence[Row]) -> list[Output]:
+        """Lay the rows out; for each, where its logits will be: those after its last token.
 
-        That is so for rows that do not want them, too: they show whether what was computed is
-        numbers. The caller has checked sequences and positions. Raises ValueError for rows
-        that do not fit or are no packed tokens, InvalidPrompt for ids outside the vocabulary.
+        They are computed for rows that do not want them, too: they show whether what was
+        computed is numbers. The caller has checked sequences and positions. Raises ValueError
+        for rows that do not fit or are no packed tokens, InvalidPrompt for ids outside the
+        vocabulary.
         """
-        outputs = [0] * len(rows)
-        offset = 0
-        self._wanted[:] = 0
         # Separate cells: llama.cpp computes sequences together only where their numbers ascend.
-        for number in sorted(range(len(rows)), key=lambda number: rows[number].seq):
-            row = rows[number]
-            tokens = np.frombuffer(row.tokens, dtype=_TOKEN)
-            count = tokens.size
-            end = offset + count
-            if end > self._n_batch:
-                raise ValueError(
-                    f"a step of more than {self._n_batch} tokens; split it, or load the model "
-                    f"with a larger context_opts.n_batch"
-                )
-            self._tokens[offset:end] = tokens
-            np.add(self._counting[:count], row.start, out=self._positions[offset:end])
-            self._sequences[offset:end] = self._pointers[row.seq]
-            self._wanted[end - 1] = 1
-            outputs[number] = end - 1
-            offset = end
-        largest = int(self._tokens[:offset].max())
+        order = sorted(range(len(rows)), key=lambda number: rows[number].seq)
+        ordered = [rows[number] for number in order]
+        tokens = np.frombuffer(b"".join([row.tokens for row in ordered]), dtype=_TOKEN)
+        n_tokens = tokens.size
+        if n_tokens > self._n_batch:
+            raise ValueError(
+                f"a step of more than {self._n_batch} tokens; split it, or load the model "
+                f"with a larger context_opts.n_batch"
+            )
+        largest = int(tokens.max())
         if largest >= self._n_vocab:
             raise InvalidPrompt(
                 f"token {largest} is outside the vocabulary of {self._n_vocab} tokens"
             )
-        self.native.n_tokens = offset
+        self._tokens[:n_tokens] = tokens
+        if n_tokens == len(rows):  # replies alone, and they are waited for
+            self._positions[:n_tokens] = [row.start for row in ordered]
+            self._sequences[:n_tokens] = [self._pointers[row.seq] for row in ordered]
+            ends: Sequence[int] = range(n_tokens)
+        else:
+            ends = self._place(ordered)
+        self._wanted[:n_tokens] = 0
+        self._wanted[ends] = 1
+        self.native.n_tokens = n_tokens
+        outputs = [(0, 0)] * len(rows)
+        for place, number in enumerate(order):
+            outputs[number] = ends[place], place
         return outputs
+
+    def _place(self, rows: Sequence[Row]) -> list[int]:
+        """Positions and sequences of rows of any length; the index of each one's last token."""
+        ends = []
+        offset = 0
+        for row in rows:
+            count = len(row.tokens) // _TOKEN.itemsize
+            end = offset + count
+            np.add(self._counting[:count], row.start, out=self._positions[offset:end])
+            self._sequences[offset:end] = self._pointers[row.seq]
+            ends.append(end - 1)
+            offset = end
+        return ends
+
+    def want_all(self) -> None:
+        """Have an output for every token laid out, as pooling takes."""
+        self._wanted[: self.native.n_tokens] = 1
 
 
 def _pointer(array: np.ndarray[Any, Any], element: Any) -> Any:

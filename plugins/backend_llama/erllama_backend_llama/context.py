@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -9,11 +10,15 @@ from llama_cpp import llama_cpp
 
 from erllama_backend_llama import logits, native
 from erllama_backend_llama.abort import AbortFlag
-from erllama_backend_llama.batch import Batch
+from erllama_backend_llama.adapter import LlamaAdapter
+from erllama_backend_llama.batch import Batch, Output
+from erllama_backend_llama.candidates import LiveRow
+from erllama_backend_llama.constrained import ConstrainedLlamaSampler
 from erllama_backend_llama.context_params import cost_prior, native_params
+from erllama_backend_llama.healing import Healer
 from erllama_backend_llama.kv_class import MemoryClass, Pools, claimed_class, prove
 from erllama_backend_llama.sampler import LlamaSampler
-from erllama_backend_llama.state import Ranges, SequenceState
+from erllama_backend_llama.state import Ranges, SequenceState, Snapshots
 from erllama_core.errors import (
     DecodeAborted,
     DecodeFailed,
@@ -40,6 +45,12 @@ log = get_logger(__name__)
 _BROKEN: Final = -1
 """The length of a sequence whose import failed; it must be dropped."""
 _ABORTED: Final = 2
+ENCODES_ONLY: Final = (
+    "this model is an encoder: it embeds text and cannot go on with it; use embed, or load a "
+    "model that generates"
+)
+
+_LACKS: Final = "this model's state is of class {!r}, which has no {}"
 
 DECODE_STATUS: Final = {
     1: "there are not enough free KV cells for this step; drop a sequence, or load the model "
@@ -51,12 +62,16 @@ DECODE_STATUS: Final = {
 
 
 def longest_context(model: Any, context: Any) -> int:
-    """Tokens of one sequence, at most.
+    """Tokens of one sequence of a context, at most."""
+    return longest_text(model, int(llama_cpp.llama_n_ctx_seq(context)))
+
+
+def longest_text(model: Any, n_ctx: int) -> int:
+    """Tokens that a model can take in a context of so many.
 
     A model without rotary positions may have learned ones: a table with a row for each position
     of its training, beyond which llama.cpp aborts the process.
     """
-    n_ctx = int(llama_cpp.llama_n_ctx_seq(context))
     learned = (
         llama_cpp.llama_model_rope_type(model) == llama_cpp.LLAMA_ROPE_TYPE_NONE
         and not llama_cpp.llama_model_is_recurrent(model)
@@ -71,35 +86,49 @@ class LlamaContext:
     In one pool of cells sequence n_seq_max, beyond those that callers use, is empty but during
     an export or an import; with separate cells it would cost as many as any other. Positions
     and sequences are checked here: llama.cpp aborts the process on some that are out of range
-    and accepts others. Raises ModelLoadError when it cannot be opened.
+    and accepts others. Raises ModelLoadError when it cannot be opened, NotSupported for a model
+    that has no state and so generates nothing.
     """
 
     def __init__(self, model: Any, options: ContextOptions, *, n_vocab: int) -> None:
         self._n_vocab = n_vocab
+        self._unified = options.kv_unified
         self.cost_prior: Final[CostPrior] = cost_prior(model, options)
         claim = claimed_class(model, swa_full=options.swa_full, unified=options.kv_unified)
         n_seq_max = options.n_seq_max
         # For recurrent models each sequence costs a whole state, and whole states need no scratch.
-        has_scratch = claim.kv_class is KVClass.SPAN and options.kv_unified
+        has_scratch = claim.kv_class is not KVClass.WHOLE and options.kv_unified
         scratch = n_seq_max if has_scratch else None
         n_seq = n_seq_max + has_scratch
         self._context: Any = _open(model, native_params(options, n_seq=n_seq, window=claim.window))
+        self.adapters: tuple[LlamaAdapter, ...] = ()
+        """Those that it computes with."""
         try:
+            if not llama_cpp.llama_get_memory(self._context):
+                raise NotSupported(ENCODES_ONLY)
             self._abort = AbortFlag(self._context)
             self._n_ctx = longest_context(model, self._context)
             self._n_cells = self._n_ctx * (1 if options.kv_unified else n_seq_max)
             self._n_batch = int(llama_cpp.llama_n_batch(self._context))
             self._n_seq_max = n_seq_max
             self._lengths = [0] * n_seq_max
-            self._outputs: list[int | None] = []
-            self._tainted: set[int] = set()
-            """Sequences with cells that hold NaN, now or before they were dropped."""
+            self._outputs: list[Output | None] = []
+            self._logits: logits.Logits | None = None
+            """Of the last step, a row for each of its rows, in the order of its batch."""
+            self._largest: list[int] = []
+            """The token with the largest logit of each."""
+            self._stateless: set[int] = set()
+            """Sequences with ranges whose snapshot is still to come."""
             self._batch = Batch(n_batch=self._n_batch, n_seq=n_seq, n_vocab=n_vocab)
             self._state = SequenceState(self._context)
             self._ranges: Ranges | None = None
+            self._snapshots: Snapshots | None = None
+            self._healer: Healer | None = None
             pools = Pools(options.kv_unified, n_seq, int(llama_cpp.llama_n_ctx_seq(self._context)))
             self.memory_class: Final = self._prove(model, claim, pools, scratch)
             self._ranges = self.memory_class.ranges
+            self._snapshots = self.memory_class.snapshots
+            self._healer = Healer(self._state, self.memory_class, n_seq=n_seq)
         except BaseException:
             self.close()
             raise
@@ -147,6 +176,8 @@ class LlamaContext:
         self._abort.reset()
         context = self._open_context()
         self._check_rows(rows)
+        if self._healer is not None:
+            self._healer.before_step(rows, self._lengths)
         self._outputs = []
         outputs = self._batch.fill(rows)
         status = int(llama_cpp.llama_decode(context, self._batch.native))
@@ -163,6 +194,29 @@ class LlamaContext:
             output if row.logits else None for row, output in zip(rows, outputs, strict=True)
         ]
 
+    def set_adapters(self, adapters: Sequence[tuple[LlamaAdapter, float]]) -> None:
+        """Compute with these from now on, and try it. Raises ValueError while there are tokens.
+
+        The trial is also the step in which llama.cpp plans its graphs anew, and reads what
+        :class:`NativeLock` guards: whoever calls this holds that lock. Raises DecodeFailed.
+        """
+        context = self._open_context()
+        if any(self._lengths):
+            raise ValueError("adapters are changed while all sequences are empty")
+        natives, scales = None, None
+        if adapters:
+            kind = type(adapters[0][0].native)
+            natives = (kind * len(adapters))(*(adapter.native for adapter, _ in adapters))
+            scales = (ctypes.c_float * len(adapters))(*(scale for _, scale in adapters))
+        llama_cpp.llama_set_adapters_lora(context, natives, len(adapters), scales)
+        before, self.adapters = self.adapters, tuple(adapter for adapter, _ in adapters)
+        for adapter in self.adapters:
+            adapter.attached()
+        for adapter in before:
+            adapter.detached()
+        self.step([Row(0, 0, bytes(4), logits=True)])
+        self.drop(0)
+
     def abort(self) -> None:
         """End the running step at its next graph node. Any thread; on the CPU alone."""
         self._abort.set()
@@ -170,11 +224,13 @@ class LlamaContext:
     def _take_back(self, row: Row) -> None:
         """After a failed step: the sequence as it was before it, or, where not, empty.
 
-        What llama.cpp has left of the step is not told; a recurrent state is half computed.
+        What llama.cpp has left of the step is not told; a recurrent state is half computed, while
+        its last position claims otherwise.
         """
         ranges, seq = self._ranges, row.seq
         can_return = (
             ranges is not None
+            and self.memory_class.kv_class is KVClass.SPAN
             and row.start > 0
             and self._state.cut(seq, row.start)
             and self._state.positions(seq)[1] == row.start - 1
@@ -183,44 +239,62 @@ class LlamaContext:
         if not can_return:
             self.drop(seq)
 
-    def _check_numbers(self, rows: Sequence[Row], outputs: Sequence[int]) -> None:
+    def _check_numbers(self, rows: Sequence[Row], outputs: Sequence[Output]) -> None:
         """Raise DecodeFailed when a row came out as no numbers; its sequence is then empty.
 
         The cells of such a row must be neither used nor saved: in one pool of cells, without
         flash attention, a single NaN among them makes every other sequence's next step NaN,
         and it stays there until the cells are zeroed.
         """
-        spoilt: set[int] = set()
-        failure: DecodeFailed | None = None
-        for row, output in zip(rows, outputs, strict=True):
-            try:
-                logits.check(self._logits(output))
-            except DecodeFailed as error:
-                spoilt.add(row.seq)
-                failure = error
-        if failure is None:
+        pointer = llama_cpp.llama_get_logits(self._context)
+        if not pointer:
+            for row in rows:
+                self._take_back(row)
+            raise DecodeFailed("llama.cpp kept no logits for rows that asked for them", code=0)
+        self._logits = logits.view(pointer, len(rows), self._n_vocab)
+        self._largest = logits.largest(self._logits)
+        if min(self._largest) >= 0:
             return
-        self._tainted |= spoilt
+        spoilt = {
+            row.seq
+            for row, (_, place) in zip(rows, outputs, strict=True)
+            if self._largest[place] < 0
+        }
+        if self._healer is not None:
+            self._healer.note_spoilt(spoilt)
         for row in rows:
             if row.seq in spoilt:
                 self.drop(row.seq)
             else:
                 self._take_back(row)
-        raise failure
+        raise DecodeFailed(
+            "the model computed logits that are not numbers; the weights or a restored state "
+            "are damaged",
+            code=0,
+        )
 
     def sample(self, row: int, sampler: Sampler, *, greedy: bool = False) -> int:
         """Draw from the row's logits, which ``step`` found to be numbers."""
-        if not isinstance(sampler, LlamaSampler):
+        index, place = self._output(row)
+        if isinstance(sampler, LlamaSampler) and sampler.takes_largest(greedy=greedy):
+            return self._largest[place]
+        if not isinstance(sampler, LlamaSampler | ConstrainedLlamaSampler):
             raise TypeError(f"a sampler of this backend's new_sampler, got {sampler!r}")
-        output = self._output(row)
-        chain = sampler.chain_for(greedy=greedy)
-        token: int = llama_cpp.llama_sampler_sample(chain, self._context, output)
-        sampler.note_drawn(token, greedy=greedy)
-        return token
+        assert self._logits is not None
+        live = LiveRow(self._context, index, self._logits[place], self._largest[place])
+        return sampler.sample_row(live, greedy=greedy)
 
     def mark(self, row: int, size: int | None) -> Mark:
         """The row's largest logits."""
-        return logits.make_mark(self._logits(self._output(row)), size)
+        _, place = self._output(row)
+        assert self._logits is not None
+        return logits.make_mark(self._logits[place], size)
+
+    def logit(self, row: int, token: int) -> float:
+        """Of one token of the row."""
+        _, place = self._output(row)
+        assert self._logits is not None
+        return float(self._logits[place][token])
 
     # ----------------------------------------------------------- sequences
 
@@ -232,16 +306,9 @@ class LlamaContext:
         if self._context is not None and self._is_sequence(seq):
             self._state.empty(seq)
             self._lengths[seq] = 0
-            if self._tainted:
-                self._heal(seq)
-
-    def _heal(self, seq: int) -> None:
-        """Zero cells that hold NaN: those of ``seq`` alone, or all when nothing is in them."""
-        if seq in self._tainted and self._ranges is not None and self._ranges.zero(seq):
-            self._tainted.discard(seq)
-        if self._tainted and not any(self._lengths):
-            self._state.clear()
-            self._tainted.clear()
+            self._stateless.discard(seq)
+            if self._healer is not None:
+                self._healer.after_drop(seq, self._lengths)
 
     def truncate(self, seq: int, length: int) -> bool:
         self._open_context()
@@ -253,6 +320,8 @@ class LlamaContext:
         if length == 0:
             self.drop(seq)
             return True
+        if self.kv_class is not KVClass.SPAN:
+            return False
         if self._ranges is None or not self._ranges.can_stand_at(seq, length):
             return False
         if not self._state.cut(seq, length):
@@ -271,12 +340,20 @@ class LlamaContext:
                 f"1 to {current} tokens of sequence {source} can be shared with another one "
                 f"that is empty; {length} were asked for, with sequence {target}"
             )
+        if self.kv_class is not KVClass.SPAN and length != current:
+            return False
+        self._check_has_state(source)
         if self._ranges is not None:
             done = self._ranges.share(source, target, length)
+        elif self.memory_class.window or not self._unified:
+            done = self._copy_whole(source, target, length)
         else:
-            done = length == current and self._copy_whole(source, target, length)
+            self._state.copy_all(source, target)
+            done = True
         if done:
             self._lengths[target] = length
+            if self._healer is not None:
+                self._healer.note_shared(source, target)
         return done
 
     def _copy_whole(self, source: int, target: int, length: int) -> bool:
@@ -316,40 +393,51 @@ class LlamaContext:
         transfer = self._transfer()
         length = self._length(seq)
         self._check_chain(length, ranges)
+        if not ranges:
+            return
         # Until the chain is complete and proved so.
         self._lengths[seq] = _BROKEN
         transfer.restore(seq, length, ranges)
-        if ranges:
-            length = ranges[-1].stop
+        length = ranges[-1].stop
         if not transfer.can_stand_at(seq, length):
             raise StateRejected(f"the restored sequence lacks cells before position {length}")
         self._lengths[seq] = length
+        if self.kv_class is KVClass.CHECKPOINT:
+            self._stateless.add(seq)
 
     def snapshot_bytes(self, seq: int) -> int:
-        self._check_snapshot(seq)
-        return self._state.size(seq)
+        return self._snapshots_of(seq).size(seq)
 
     def export_snapshot(self, seq: int, into: memoryview) -> None:
-        self._check_snapshot(seq)
-        self._state.read(seq, into)
+        self._snapshots_of(seq).read(seq, into)
 
     def import_snapshot(self, seq: int, length: int, data: memoryview) -> None:
-        """Put the empty sequence at ``length`` tokens. Raises StateRejected; it is then empty."""
+        """Put the sequence at ``length`` tokens. Raises StateRejected; it must then be dropped."""
         self._open_context()
-        self._require(KVClass.WHOLE)
-        if self._length(seq) != 0 or not 0 < length <= self._n_ctx:
+        snapshots = self._require_snapshots()
+        there = length if self.kv_class is KVClass.CHECKPOINT else 0
+        if self._length(seq) != there or not 0 < length <= self._n_ctx:
             raise ValueError(
-                f"a snapshot is restored into an empty sequence, at 1 to {self._n_ctx} tokens; "
-                f"sequence {seq} has {self._length(seq)}, {length} were asked for"
+                f"a snapshot is restored at 1 to {self._n_ctx} tokens, into a sequence that has "
+                f"its ranges, or is empty where there are none; sequence {seq} has "
+                f"{self._length(seq)} tokens, {length} were asked for"
             )
-        self._state.write(seq, data, None, length)
+        self._lengths[seq] = _BROKEN
+        snapshots.write(seq, length, data)
+        if self._ranges is not None and not self._ranges.can_stand_at(seq, length):
+            raise StateRejected("the snapshot changed the cells that were restored before")
         self._lengths[seq] = length
+        self._stateless.discard(seq)
 
     def close(self) -> None:
         context, self._context = self._context, None
         if context is not None:
             self._outputs = []
+            self._logits = None
             llama_cpp.llama_free(context)
+            for adapter in self.adapters:
+                adapter.detached()
+            self.adapters = ()
 
     # -------------------------------------------------------------- checks
 
@@ -385,6 +473,7 @@ class LlamaContext:
                 raise ValueError(
                     f"sequence {row.seq} has {length} tokens, the row starts at {row.start}"
                 )
+            self._check_has_state(row.seq)
             size = len(row.tokens)
             if size == 0 or size % 4:
                 raise ValueError(f"a row holds packed u32 tokens, at least one; got {size} bytes")
@@ -419,36 +508,34 @@ class LlamaContext:
             self._check_block(part.start, part.end)
             length = part.stop
 
-    def _check_snapshot(self, seq: int) -> None:
+    def _check_has_state(self, seq: int) -> None:
+        if seq in self._stateless:
+            raise ValueError(f"sequence {seq} has ranges, but no snapshot was imported after them")
+
+    def _snapshots_of(self, seq: int) -> Snapshots:
         self._open_context()
-        self._require(KVClass.WHOLE)
+        snapshots = self._require_snapshots()
         if self._length(seq) == 0:
             raise ValueError(f"sequence {seq} is empty; there is no state to export")
+        self._check_has_state(seq)
+        return snapshots
 
-    def _require(self, kv_class: KVClass) -> None:
-        if self.kv_class is not kv_class:
-            raise NotSupported(
-                f"this model's state is of class {self.kv_class.value!r}, which has no "
-                f"{'ranges' if kv_class is KVClass.SPAN else 'snapshots'}"
-            )
+    def _require_snapshots(self) -> Snapshots:
+        if self._snapshots is None:
+            raise NotSupported(_LACKS.format(self.kv_class.value, "snapshots"))
+        return self._snapshots
 
     def _transfer(self) -> Ranges:
-        self._require(KVClass.SPAN)
-        assert self._ranges is not None
+        if self._ranges is None:
+            raise NotSupported(_LACKS.format(self.kv_class.value, "ranges"))
         return self._ranges
 
-    def _output(self, row: int) -> int:
+    def _output(self, row: int) -> Output:
         self._open_context()
         output = self._outputs[row] if 0 <= row < len(self._outputs) else None
         if output is None:
             raise ValueError(f"row {row} of the last step has no logits")
         return output
-
-    def _logits(self, output: int) -> logits.Logits:
-        pointer = llama_cpp.llama_get_logits_ith(self._context, output)
-        if not pointer:
-            raise DecodeFailed("llama.cpp kept no logits for a row that asked for them", code=0)
-        return logits.view(pointer, self._n_vocab)
 
     # ------------------------------------------------------------- opening
 
@@ -468,6 +555,10 @@ class LlamaContext:
                 self._state,
                 pools,
                 rope_type=int(llama_cpp.llama_model_rope_type(model)),
+                is_recurrent=bool(
+                    llama_cpp.llama_model_is_recurrent(model)
+                    or llama_cpp.llama_model_is_hybrid(model)
+                ),
                 scratch=scratch,
                 decode=decode,
             )

@@ -35,11 +35,11 @@ _GPU_OPERATIONS: Final = 2e12
 """Of a build for GPUs. Most do more: until steps were measured, rather too much is restored."""
 _IMPORT_S_PER_BYTE: Final = 1 / 4e9
 """State copied into a context; 6e9 bytes in a second were measured in memory."""
-_CELL_STEP: Final = 256
+CELL_STEP: Final = 256
 """llama.cpp rounds the number of cells up to a multiple of this (``GGML_PAD`` in
 llama_context's constructor), but clamps the batch to the number before rounding.
 """
-_MAX_CELLS: Final = 2**31 - _CELL_STEP
+_MAX_CELLS: Final = 2**31 - CELL_STEP
 """Positions are int32."""
 
 
@@ -84,7 +84,7 @@ def check_options(options: ContextOptions) -> None:
 
 def native_cells(options: ContextOptions) -> int:
     """Cells of all sequences together, as llama.cpp counts them."""
-    cells = -(-options.n_ctx // _CELL_STEP) * _CELL_STEP
+    cells = -(-options.n_ctx // CELL_STEP) * CELL_STEP
     return cells if options.kv_unified else cells * options.n_seq_max
 
 

@@ -20,9 +20,10 @@ _MIN_ENTRY_BYTES: Final = 8 + 4 + 1
 _MIN_TENSOR_BYTES: Final = 8 + 4 + 4 + 8
 
 
-def check_gguf(path: Path) -> None:
-    """Raise ModelLoadError if ``path`` is missing, not GGUF, or ends within its own header.
+def check_gguf(path: Path) -> int:
+    """How many tensors the file says that it has.
 
+    Raises ModelLoadError if ``path`` is missing, not GGUF, or ends within its own header.
     Whether every tensor is there is for llama.cpp to say.
     """
     try:
@@ -56,3 +57,4 @@ def check_gguf(path: Path) -> None:
             f"{path}: truncated: {size} bytes cannot hold the {entries} metadata entries and "
             f"{tensors} tensors that its header announces; download or copy it again"
         )
+    return int(tensors)

@@ -36,8 +36,11 @@ def state_identity(
         "rotation_disabled": os.environ.get(_NO_ROTATION, ""),
         **rope,
     }
-    if memory.kv_class is KVClass.WHOLE and not options.kv_unified:
-        identity["n_seq_max"] = options.n_seq_max  # a whole state names every pool of cells
+    names_pools = memory.kv_class is KVClass.WHOLE or (
+        memory.kv_class is KVClass.CHECKPOINT and memory.window > 0
+    )
+    if names_pools and not options.kv_unified:
+        identity["n_seq_max"] = options.n_seq_max  # as such states and windows name every pool
     if memory.window:
         identity["swa_full"] = options.swa_full
     if _has_two_ropes(rope):

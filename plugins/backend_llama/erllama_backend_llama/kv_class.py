@@ -9,9 +9,17 @@ from typing import Any, Final
 import attrs
 from llama_cpp import llama_cpp
 
+from erllama_backend_llama.checkpoint import CheckpointRanges, Rest
 from erllama_backend_llama.layout import BlobLayout, v_transposed
 from erllama_backend_llama.separate import SeparateRanges
-from erllama_backend_llama.state import Ranges, RangeSizes, SequenceState, UnifiedRanges
+from erllama_backend_llama.state import (
+    Ranges,
+    RangeSizes,
+    SequenceState,
+    Snapshots,
+    UnifiedRanges,
+    WholeSnapshots,
+)
 from erllama_core.errors import StateRejected
 from erllama_core.interfaces.backend import KVClass, RangeExport, RangeImport
 
@@ -24,7 +32,7 @@ _MROPE_TYPES: Final = frozenset({8, 24, 40})
 
 @attrs.frozen
 class MemoryClass:
-    """What is known of the memory; ``ranges`` for SPAN only."""
+    """What is known of the memory; once it is proved, also how its state is moved."""
 
     kv_class: KVClass
     window: int
@@ -32,6 +40,11 @@ class MemoryClass:
     v_transposed: bool | None = None
     """How the V cache is laid out, which flash attention decides; None: not known."""
     ranges: Ranges | None = None
+    """SPAN and CHECKPOINT."""
+    snapshots: Snapshots | None = None
+    """CHECKPOINT and WHOLE."""
+    recurrent_state: bytes | None = None
+    """Of the model's recurrent layers, as a snapshot: any that holds numbers; None: it has none."""
 
 
 @attrs.frozen
@@ -49,19 +62,23 @@ class Pools:
 
 
 def claimed_class(model: Any, *, swa_full: bool, unified: bool) -> MemoryClass:
-    """What the kind of the model's layers lets one expect.
+    """What the kind of the model's layers lets one expect, by what llama.cpp says of it.
 
-    Recurrent and hybrid models have state that cannot be cut. So has a sliding window whose
-    old cells are not kept. The window of a model that keeps them can be cut in pieces no
-    longer than itself, by sharing them, which takes one pool of cells.
+    The window of a model that keeps its old cells can be cut in pieces no longer than itself, by
+    sharing them, which takes one pool of cells; otherwise it is a part that cannot be cut, like
+    the recurrent layers of a hybrid model. A recurrent model has nothing else, so that its
+    snapshots are whole states; and of a memory with more than two parts nothing is known.
     """
     window = max(0, int(llama_cpp.llama_model_n_swa(model)))
-    is_whole = (
-        llama_cpp.llama_model_is_recurrent(model)
-        or llama_cpp.llama_model_is_hybrid(model)
-        or (window > 0 and not (swa_full and unified))
-    )
-    return MemoryClass(KVClass.WHOLE if is_whole else KVClass.SPAN, window)
+    if llama_cpp.llama_model_is_recurrent(model):
+        kv_class = KVClass.WHOLE
+    elif llama_cpp.llama_model_is_hybrid(model):
+        kv_class = KVClass.WHOLE if window else KVClass.CHECKPOINT
+    elif window and not (swa_full and unified):
+        kv_class = KVClass.CHECKPOINT
+    else:
+        kv_class = KVClass.SPAN
+    return MemoryClass(kv_class, window)
 
 
 def _unified_ranges(state: SequenceState, *, window: int, scratch: int) -> UnifiedRanges:
@@ -103,6 +120,45 @@ def prove_span(state: SequenceState, ranges: Ranges, decode: Callable[[int, int]
     decode(2, PROOF_TOKENS)
 
 
+def prove_checkpoint(
+    state: SequenceState,
+    ranges: Ranges,
+    snapshots: Snapshots,
+    decode: Callable[[int, int], None],
+) -> None:
+    """Prove on sequence 0, which is empty, that ranges and snapshots make up its states.
+
+    At an earlier position and at the last one a sequence put together from both must export the
+    bytes that it was made of, and go on. Raises StateRejected with what differs.
+    """
+    taken = {}
+    for start, end in ((0, 2), (2, PROOF_TOKENS)):
+        decode(start, end)
+        taken[end] = _snapshot(snapshots, 0)
+    blocks = _exported(ranges, ((0, 2), (2, PROOF_TOKENS)))
+    for stop in (PROOF_TOKENS, 2, 1):
+        state.empty(0)
+        first, second = blocks
+        chain = [RangeImport(0, 2, min(2, stop), memoryview(first))]
+        if stop > 2:
+            chain.append(RangeImport(2, PROOF_TOKENS, PROOF_TOKENS, memoryview(second)))
+        ranges.restore(0, 0, chain)
+        if not ranges.can_stand_at(0, stop):
+            raise StateRejected("a restored chain of ranges has not the cells that it should have")
+        if stop not in taken:
+            continue
+        snapshots.write(0, stop, memoryview(taken[stop]))
+        if not ranges.can_stand_at(0, stop):
+            raise StateRejected("a restored snapshot changes the cells under it")
+        bounds = [(item.start, item.end) for item in chain]
+        if _exported(ranges, bounds, stop) != blocks[: len(chain)]:
+            raise StateRejected("a restored sequence exports other ranges than it was made of")
+        if _snapshot(snapshots, 0) != taken[stop]:
+            raise StateRejected("a restored sequence exports another snapshot than it was made of")
+        if stop < PROOF_TOKENS:
+            decode(stop, PROOF_TOKENS)
+
+
 def prove_whole(state: SequenceState) -> None:
     """Prove on sequence 0, which holds PROOF_TOKENS tokens, that its state can be restored.
 
@@ -124,16 +180,21 @@ def prove(
     pools: Pools,
     *,
     rope_type: int,
+    is_recurrent: bool,
     scratch: int | None,
     decode: Callable[[int, int], None],
 ) -> tuple[MemoryClass, str | None]:
     """The class that holds, and, when it is less than was claimed, why.
 
     ``decode(start, end)`` computes these tokens of sequence 0, which is empty, as all others
-    are, and is again afterwards. Raises StateRejected if not even whole states can be restored.
+    are, and is again afterwards. ``is_recurrent``: the model has recurrent layers. Raises
+    StateRejected if not even whole states can be restored.
     """
     has_more_positions = rope_type in _MROPE_TYPES
     try:
+        rest = None
+        if claim.kv_class is KVClass.CHECKPOINT:
+            rest = Rest(state, empty_seq=0, window=claim.window)
         decode(0, PROOF_TOKENS)
         blob = bytearray(state.size(0))
         state.read(0, memoryview(blob))
@@ -144,37 +205,86 @@ def prove(
             has_more_positions=has_more_positions,
         )
         claim = attrs.evolve(claim, v_transposed=transposed)
-        if claim.kv_class is KVClass.SPAN:
+        why = None
+        if claim.kv_class is not KVClass.WHOLE:
             try:
-                ranges: Ranges
-                if scratch is not None:
-                    ranges = _unified_ranges(state, window=claim.window, scratch=scratch)
-                else:
-                    layout = BlobLayout.read(
-                        blob,
-                        tokens=PROOF_TOKENS,
-                        streams=pools.streams,
-                        has_more_positions=has_more_positions,
-                    )
-                    ranges = SeparateRanges(state, layout=layout, n_cells=pools.n_cells)
-                prove_span(state, ranges, decode)
+                proved = _prove_ranges(
+                    claim, state, pools, rest, blob, has_more_positions, scratch, decode
+                )
             except StateRejected as error:
                 state.clear()
                 decode(0, PROOF_TOKENS)
-                prove_whole(state)
-                return attrs.evolve(claim, kv_class=KVClass.WHOLE), str(error)
-            return attrs.evolve(claim, ranges=ranges), None
+                why = str(error)
+            else:
+                return proved, None
         prove_whole(state)
-        return attrs.evolve(claim, kv_class=KVClass.WHOLE), None
+        snapshots = WholeSnapshots(state)
+        return (
+            attrs.evolve(
+                claim,
+                kv_class=KVClass.WHOLE,
+                snapshots=snapshots,
+                recurrent_state=_snapshot(snapshots, 0) if is_recurrent else None,
+            ),
+            why,
+        )
     finally:
         state.clear()
 
 
-def _exported(ranges: Ranges, bounds: Sequence[tuple[int, int]]) -> list[bytearray]:
+def _prove_ranges(
+    claim: MemoryClass,
+    state: SequenceState,
+    pools: Pools,
+    rest: Rest | None,
+    blob: bytearray,
+    has_more_positions: bool,
+    scratch: int | None,
+    decode: Callable[[int, int], None],
+) -> MemoryClass:
+    """What is claimed, with the means; ``blob`` is the whole state of sequence 0, which is there.
+
+    Raises StateRejected.
+    """
+    if rest is not None:
+        del blob[len(blob) - rest.bytes_in_state(0) :]
+    elif scratch is not None:
+        unified = _unified_ranges(state, window=claim.window, scratch=scratch)
+        prove_span(state, unified, decode)
+        return attrs.evolve(claim, ranges=unified)
+    layout = BlobLayout.read(
+        blob,
+        tokens=PROOF_TOKENS,
+        streams=pools.streams,
+        has_more_positions=has_more_positions,
+    )
+    ranges: Ranges
+    if rest is not None and scratch is not None:
+        ranges = CheckpointRanges(state, scratch=scratch, layout=layout, rest=rest)
+    else:
+        ranges = SeparateRanges(state, layout=layout, n_cells=pools.n_cells, rest=rest)
+    if rest is None:
+        prove_span(state, ranges, decode)
+        return attrs.evolve(claim, ranges=ranges)
+    recurrent = None if rest.is_window else _snapshot(rest, 0)
+    state.empty(0)
+    prove_checkpoint(state, ranges, rest, decode)
+    return attrs.evolve(claim, ranges=ranges, snapshots=rest, recurrent_state=recurrent)
+
+
+def _snapshot(snapshots: Snapshots, seq: int) -> bytes:
+    data = bytearray(snapshots.size(seq))
+    snapshots.read(seq, memoryview(data))
+    return bytes(data)
+
+
+def _exported(
+    ranges: Ranges, bounds: Sequence[tuple[int, int]], length: int = PROOF_TOKENS
+) -> list[bytearray]:
     exported = [bytearray(ranges.sizes.of(end - start)) for start, end in bounds]
     items = [
         RangeExport(start, end, memoryview(data))
         for (start, end), data in zip(bounds, exported, strict=True)
     ]
-    ranges.export(0, PROOF_TOKENS, items)
+    ranges.export(0, length, items)
     return exported

@@ -30,6 +30,8 @@ from erllama_core.interfaces.backend import RangeExport, RangeImport
 Bytes = npt.NDArray[np.uint8]
 
 _HEAD: Final = struct.Struct("<IiI")
+HEAD_BYTES: Final = 8
+"""Magic and sequence, which each of a state's parts has too when it is exported alone."""
 _COUNT: Final = struct.Struct("<I")
 _TAIL: Final = struct.Struct("<II")
 _PART_HEAD_BYTES: Final = 12
@@ -175,11 +177,15 @@ class BlobLayout:
             self._join_range(item, into, starts, first, length)
         into[into.size - _COUNT.size * (self.streams - 1) :] = 0
 
-    def _join_range(
-        self, item: RangeImport, into: Bytes, records_at: int, to: int, length: int
-    ) -> None:
-        data = np.frombuffer(item.data, dtype=np.uint8)
-        tokens, used = item.end - item.start, item.stop - item.start
+    def check_range(self, item: RangeImport) -> None:
+        """Raise StateRejected unless a range from one pool holds the positions that it should."""
+        self._open_range(item, np.frombuffer(item.data, dtype=np.uint8), in_order=False)
+
+    def _open_range(
+        self, item: RangeImport, data: Bytes, *, in_order: bool
+    ) -> tuple[npt.NDArray[np.void], int]:
+        """The cells of a range, and where its first layer begins."""
+        tokens = item.end - item.start
         expected = self.range_bytes + self.bytes_per_token * tokens
         if data.size != expected:
             raise StateRejected(
@@ -190,12 +196,20 @@ class BlobLayout:
         at = _HEAD.size
         self._check_count(data, at, tokens)
         at += _COUNT.size
-        records = self._cells(data, at, item.start, item.end)[:used].view(np.uint8)
+        cells = self._cells(data, at, item.start, item.end, in_order=in_order)
+        at += cells.nbytes
+        self._check_tail(data, at)
+        return cells, at + _TAIL.size
+
+    def _join_range(
+        self, item: RangeImport, into: Bytes, records_at: int, to: int, length: int
+    ) -> None:
+        data = np.frombuffer(item.data, dtype=np.uint8)
+        tokens, used = item.end - item.start, item.stop - item.start
+        cells, at = self._open_range(item, data, in_order=True)
+        records = cells[:used].view(np.uint8)
         records_at += self.cell.itemsize * item.start
         into[records_at : records_at + records.size] = records
-        at += self.cell.itemsize * tokens
-        self._check_tail(data, at)
-        at += _TAIL.size
         for part in self.parts:
             if not np.array_equal(data[at : at + _PART_HEAD_BYTES], part.head):
                 raise StateRejected("a range has layers of other types or sizes than the model")
@@ -239,12 +253,18 @@ class BlobLayout:
         if bytes(data[at : at + _TAIL.size]) != self.tail:
             raise StateRejected("a state has another layout of V, or another number of layers")
 
-    def _cells(self, data: Bytes, at: int, start: int, end: int) -> npt.NDArray[np.void]:
-        """The cells at ``at``, which must be those of positions [start, end), in this order."""
+    def _cells(
+        self, data: Bytes, at: int, start: int, end: int, *, in_order: bool = True
+    ) -> npt.NDArray[np.void]:
+        """The cells at ``at``, which must be those of positions [start, end), in this order.
+
+        llama.cpp writes cells as they lie, which in one pool may be in any order.
+        """
         size = self.cell.itemsize * (end - start)
         cells: npt.NDArray[np.void] = data[at : at + size].view(self.cell)
-        in_order = np.array_equal(cells["position"], np.arange(start, end, dtype=np.int32))
-        if not in_order or (cells["ids"] != 1).any():
+        positions = cells["position"] if in_order else np.sort(cells["position"])
+        as_expected = np.array_equal(positions, np.arange(start, end, dtype=np.int32))
+        if not as_expected or (cells["ids"] != 1).any():
             raise StateRejected(f"a state does not hold the positions {start} to {end - 1}")
         return cells
 

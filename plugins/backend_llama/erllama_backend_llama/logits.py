@@ -9,49 +9,50 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from erllama_core.errors import DecodeFailed
 from erllama_core.interfaces.backend import Mark
 
 Logits = npt.NDArray[np.float32]
 
 
-def view(pointer: Any, n_vocab: int) -> Logits:
-    """llama.cpp's own row, valid until the next decode; not a copy."""
+def view(pointer: Any, n_rows: int, n_vocab: int) -> Logits:
+    """llama.cpp's own logits, a row of ``n_vocab`` for each output; valid until the next decode."""
     address = ctypes.addressof(pointer.contents)
-    row: Logits = np.ctypeslib.as_array((ctypes.c_float * n_vocab).from_address(address))
-    return row
+    flat = np.ctypeslib.as_array((ctypes.c_float * (n_rows * n_vocab)).from_address(address))
+    rows: Logits = flat.reshape(n_rows, n_vocab)
+    return rows
 
 
-def check(row: Logits) -> None:
-    """Raise DecodeFailed unless the row can be sampled from.
+def largest(rows: Logits) -> list[int]:
+    """The token with the largest logit of each row, the first of equal ones.
 
-    One NaN in the KV cells makes all of a row NaN, and sampling from that draws garbage
-    without an error. The maximum shows it: NaN wins every comparison in numpy's.
+    -1 for a row that cannot be sampled from. One NaN in the KV cells makes all of a row NaN,
+    and sampling from that draws garbage without an error. The maximum shows it: NaN wins every
+    comparison in numpy's.
     """
-    if not math.isfinite(row.max()):
-        raise DecodeFailed(
-            "the model computed logits that are not numbers; the weights or a restored state "
-            "are damaged",
-            code=0,
-        )
+    best = rows.argmax(axis=1)
+    sound = np.isfinite(rows[np.arange(len(rows)), best])
+    found: list[int] = (best if sound.all() else np.where(sound, best, -1)).tolist()
+    return found
+
+
+def largest_of(row: Logits, size: int) -> npt.NDArray[np.int64]:
+    """The tokens of the ``size`` largest logits, fewer than there are, by ascending id."""
+    smallest = np.partition(row, row.size - size)[row.size - size]
+    above = np.flatnonzero(row > smallest)
+    # flatnonzero ascends, so of equal logits at the edge the lowest ids are kept.
+    equal = np.flatnonzero(row == smallest)[: size - above.size]
+    return np.sort(np.concatenate((above, equal)))
 
 
 def make_mark(row: Logits, size: int | None) -> Mark:
     """The ``size`` largest logits, largest first, equal ones by ascending token id.
 
-    ``size`` None, or at least the vocabulary's: all of them. ``row`` has passed :func:`check`.
+    ``size`` None, or at least the vocabulary's: all of them. ``row`` is numbers.
     """
     n_vocab = row.size
     if size is not None and size < 1:
         raise ValueError(f"a mark of {size} logits; 1 at least")
-    if size is None or size >= n_vocab:
-        chosen = np.arange(n_vocab)
-    else:
-        smallest = np.partition(row, n_vocab - size)[n_vocab - size]
-        above = np.flatnonzero(row > smallest)
-        # flatnonzero ascends, so of equal logits at the edge the lowest ids are kept.
-        equal = np.flatnonzero(row == smallest)[: size - above.size]
-        chosen = np.sort(np.concatenate((above, equal)))
+    chosen = np.arange(n_vocab) if size is None or size >= n_vocab else largest_of(row, size)
     # A stable sort keeps ascending ids among equal logits.
     chosen = chosen[np.argsort(-row[chosen], kind="stable")]
     peak = float(row.max())

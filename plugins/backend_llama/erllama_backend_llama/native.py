@@ -56,20 +56,24 @@ class _NativeLog:
         if not line:
             return
         collected: list[LogLine] | None = getattr(self._threads, "collected", None)
-        if collected is not None and level in (_WARN, _ERROR):
+        if collected is not None and (level in (_WARN, _ERROR) or self._threads.everything):
             collected.append((level, line))
         log.debug("llama.native", severity=_LEVEL_NAMES.get(level, "unknown"), line=line)
 
     @contextlib.contextmanager
-    def collect(self) -> Iterator[list[LogLine]]:
-        """Collect the warnings and errors that this thread's native calls log."""
-        outer: list[LogLine] | None = getattr(self._threads, "collected", None)
+    def collect(self, *, everything: bool = False) -> Iterator[list[LogLine]]:
+        """Collect the warnings and errors that this thread's native calls log.
+
+        ``everything``: all but what is for debugging.
+        """
+        threads = self._threads
+        outer = getattr(threads, "collected", None), getattr(threads, "everything", False)
         collected: list[LogLine] = []
-        self._threads.collected = collected
+        threads.collected, threads.everything = collected, everything
         try:
             yield collected
         finally:
-            self._threads.collected = outer
+            threads.collected, threads.everything = outer
 
 
 _LOG: Final = _NativeLog()

@@ -10,6 +10,8 @@ import attrs
 from attrs import validators
 
 ALL_LAYERS = -1
+Pooling = Literal["mean", "cls", "last"]
+"""How the vectors of a text's tokens become one: their mean, the first, or the last one."""
 _MOST = 2**31 - 1
 """The largest value of the int32 that takes these; ctypes would wrap a larger one."""
 
@@ -44,3 +46,9 @@ class LlamaOptions:
     """Map the file instead of reading it: pages are shared and loaded as they are needed."""
     use_mlock: bool = False
     """Keep the weights from being swapped out."""
+    vocab_only: bool = False
+    """Load the vocabulary and the chat template alone: text and tokens, and nothing computed."""
+    pooling: Pooling | None = attrs.field(
+        default=None, validator=validators.optional(validators.in_(("mean", "cls", "last")))
+    )
+    """How embeddings are pooled. None: as the file says, else their mean."""

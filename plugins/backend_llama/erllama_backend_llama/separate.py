@@ -12,6 +12,7 @@ from typing import Final
 
 import numpy as np
 
+from erllama_backend_llama.checkpoint import Rest
 from erllama_backend_llama.layout import BlobLayout, Bytes
 from erllama_backend_llama.state import RangeSizes, SequenceState
 from erllama_core.errors import StateRejected
@@ -22,12 +23,18 @@ _KEPT_BYTES: Final = 64 << 20
 
 
 class SeparateRanges:
-    """Ranges in a pool of ``n_cells`` cells for each sequence. One thread."""
+    """Ranges in a pool of ``n_cells`` cells for each sequence. One thread.
+
+    ``rest``: what sequences have beside these cells, and what ranges are without; None: nothing.
+    """
 
     exports_whole: Final = True
 
-    def __init__(self, state: SequenceState, *, layout: BlobLayout, n_cells: int) -> None:
+    def __init__(
+        self, state: SequenceState, *, layout: BlobLayout, n_cells: int, rest: Rest | None = None
+    ) -> None:
         self._state = state
+        self._rest = rest
         self._layout = layout
         self._n_cells = n_cells
         self._kept = _pages(mmap.PAGESIZE)
@@ -47,43 +54,57 @@ class SeparateRanges:
             self._state.empty(seq)
             ranges = [RangeImport(0, length, length, data), *ranges]
         stop = ranges[-1].stop
-        whole = self._memory(self._layout.whole_bytes(stop))
-        self._layout.join(ranges, whole)
-        self._state.write(seq, whole.data, 0, stop)
+        none = b"" if self._rest is None else self._rest.none
+        cells = self._layout.whole_bytes(stop)
+        whole = self._memory(cells + len(none))
+        self._layout.join(ranges, whole[:cells])
+        whole[cells:] = np.frombuffer(none, dtype=np.uint8)
+        if self._rest is None:
+            self._state.write(seq, whole.data, 0, stop)
+        else:  # without its rest it has no last position yet
+            self._state.load(seq, whole.data)
 
     def can_stand_at(self, seq: int, length: int) -> bool:
-        """See the protocol. There is no window, and so nothing that could be gone."""
-        del seq, length
-        return True
+        """See the protocol. Cells are kept; with a rest there must be one for each token."""
+        if self._rest is None:
+            return True
+        cells = self._state.size(seq) - self._rest.bytes_in_state(seq)
+        return cells == self._layout.whole_bytes(length)
 
     def share(self, source: int, target: int, length: int) -> bool:
         """See the protocol. The cells are copied."""
         whole = self._memory(self._state.size(source))
+        start = 0 if self._rest is None else None  # a window begins later, a recurrent state last
         try:
             self._state.read(source, whole.data)
-            self._state.write(target, whole.data, 0, self._state.positions(source)[1] + 1)
+            self._state.write(target, whole.data, start, self._state.positions(source)[1] + 1)
         except StateRejected:
             return False
-        if self._state.cut(target, length):
+        if self._rest is not None or self._state.cut(target, length):
             return True
         self._state.empty(target)
         return False
 
     def zero(self, seq: int) -> bool:
         # Pages that are read and never written cost no memory, however large the state is.
-        zeros = _pages(self._layout.whole_bytes(self._n_cells))
-        self._layout.zeros(self._n_cells, zeros)
+        none = b"" if self._rest is None else self._rest.none
+        cells = self._layout.whole_bytes(self._n_cells)
+        zeros = _pages(cells + len(none))
+        self._layout.zeros(self._n_cells, zeros[:cells])
+        zeros[cells:] = np.frombuffer(none, dtype=np.uint8)
         try:
-            self._state.write(seq, zeros.data, 0, self._n_cells)
+            self._state.load(seq, zeros.data)
         except StateRejected:
             return False
         self._state.empty(seq)
         return True
 
     def _read(self, seq: int, length: int) -> Bytes:
-        whole = self._memory(self._layout.whole_bytes(length))
+        rest = 0 if self._rest is None else self._rest.bytes_in_state(seq)
+        cells = self._layout.whole_bytes(length)
+        whole = self._memory(cells + rest)
         self._state.read(seq, whole.data)
-        return whole
+        return whole[:cells]
 
     def _memory(self, size: int) -> Bytes:
         """Memory for a state, until it is asked for again."""

@@ -7,6 +7,10 @@ What llama.cpp checks, and what it does not, was measured for the pinned release
 * It accepts a blob that describes other positions than it should. So positions and size are
   compared with what was asked for.
 * Numbers inside a blob are never checked. That is for the checksum of whoever stored it.
+
+A memory may have a part beside its attention cells, here called the *rest*: a recurrent state,
+or the cells of a sliding window. llama.cpp exports it alone when it is asked for
+``LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY``.
 """
 
 from __future__ import annotations
@@ -24,6 +28,8 @@ from erllama_core.errors import StateRejected
 from erllama_core.interfaces.backend import RangeExport, RangeImport
 
 _BYTES: Final = ctypes.POINTER(ctypes.c_uint8)
+_SEQUENCE: Final = slice(4, 8)
+"""Where the head of an exported state names its sequence."""
 
 
 @attrs.frozen
@@ -44,9 +50,9 @@ class SequenceState:
         self._context = context
         self._memory: Any = llama_cpp.llama_get_memory(context)
 
-    def size(self, seq: int) -> int:
-        """Bytes of the state as it is now."""
-        return int(llama_cpp.llama_state_seq_get_size(self._context, seq))
+    def size(self, seq: int, *, rest: bool = False) -> int:
+        """Bytes of the state as it is now; ``rest``: of that part of it, with a head of its own."""
+        return int(llama_cpp.llama_state_seq_get_size_ext(self._context, seq, _flags(rest)))
 
     def positions(self, seq: int) -> tuple[int, int]:
         """First and last position; (-1, -1) when the sequence is empty."""
@@ -70,18 +76,26 @@ class SequenceState:
         """Empty every sequence and zero the cells."""
         llama_cpp.llama_memory_clear(self._memory, True)
 
-    def read(self, seq: int, into: memoryview) -> None:
-        """Copy the state out. Raises StateRejected unless it fills ``into`` exactly."""
+    def copy_all(self, source: int, target: int) -> None:
+        """Let the empty ``target`` have all that ``source`` has; nothing is copied in one pool."""
+        llama_cpp.llama_memory_seq_cp(self._memory, source, target, -1, -1)
+
+    def read(self, seq: int, into: memoryview, *, rest: bool = False) -> None:
+        """Copy the state out, without the number of the sequence that it was in.
+
+        Raises StateRejected unless it fills ``into`` exactly.
+        """
         buffer = np.frombuffer(into, dtype=np.uint8)
         if not buffer.flags.writeable:
             raise ValueError("a state is exported into writable memory, got a read-only view")
-        written = llama_cpp.llama_state_seq_get_data(
-            self._context, ctypes.cast(buffer.ctypes.data, _BYTES), buffer.size, seq
+        written = llama_cpp.llama_state_seq_get_data_ext(
+            self._context, ctypes.cast(buffer.ctypes.data, _BYTES), buffer.size, seq, _flags(rest)
         )
         if written != buffer.size:
             raise StateRejected(
                 f"llama.cpp exported {written} bytes of state where {buffer.size} were expected"
             )
+        buffer[_SEQUENCE] = 0  # llama.cpp does not look at it, and equal states are equal bytes
 
     def write(self, seq: int, data: memoryview, start: int | None, end: int) -> None:
         """Put exported state into the empty sequence ``seq``.
@@ -89,21 +103,30 @@ class SequenceState:
         It must turn out to stand at [start, end); ``start`` None leaves the first position
         open. Raises StateRejected, with the sequence empty.
         """
-        buffer = np.frombuffer(data, dtype=np.uint8)
-        taken = llama_cpp.llama_state_seq_set_data(
-            self._context, ctypes.cast(buffer.ctypes.data, _BYTES), buffer.size, seq
-        )
-        problem = self._problem(seq, int(taken), buffer.size, start, end)
+        self.load(seq, data)
+        problem = self._problem(seq, data.nbytes, start, end)
         if problem is not None:
             self.empty(seq)
             raise StateRejected(problem)
 
-    def _problem(self, seq: int, taken: int, size: int, start: int | None, end: int) -> str | None:
-        if taken != size:
-            return (
-                f"llama.cpp took {taken} of {size} bytes of state: they are of another layout, "
-                f"damaged, or too many for the free cells"
+    def load(self, seq: int, data: memoryview, *, rest: bool = False) -> None:
+        """Have llama.cpp read a state, or the rest of one, as far as it checks anything itself.
+
+        The part that is read replaces what ``seq`` had of it. Raises StateRejected, with the
+        sequence empty, unless all of ``data`` was taken.
+        """
+        buffer = np.frombuffer(data, dtype=np.uint8)
+        taken = llama_cpp.llama_state_seq_set_data_ext(
+            self._context, ctypes.cast(buffer.ctypes.data, _BYTES), buffer.size, seq, _flags(rest)
+        )
+        if taken != buffer.size:
+            self.empty(seq)
+            raise StateRejected(
+                f"llama.cpp took {taken} of {buffer.size} bytes of state: they are of another "
+                f"layout, damaged, or too many for the free cells"
             )
+
+    def _problem(self, seq: int, size: int, start: int | None, end: int) -> str | None:
         first, last = self.positions(seq)
         if last != end - 1 or (start is not None and first != start):
             return f"the state holds positions {first} to {last}, not {start or 0} to {end - 1}"
@@ -111,6 +134,42 @@ class SequenceState:
         if now != size:
             return f"the state has {size} bytes, but {now} once it was restored"
         return None
+
+
+def _flags(rest: bool) -> int:
+    return int(llama_cpp.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY) if rest else 0
+
+
+class Snapshots(Protocol):
+    """What only exists while a sequence stands where it stands, in and out. One thread."""
+
+    def size(self, seq: int) -> int:
+        """Bytes of it as it is now."""
+        ...
+
+    def read(self, seq: int, into: memoryview) -> None:
+        """Copy it out. Raises StateRejected unless it fills ``into`` exactly."""
+        ...
+
+    def write(self, seq: int, length: int, data: memoryview) -> None:
+        """Put a sequence at ``length`` tokens. Raises StateRejected; it must then be emptied."""
+        ...
+
+
+class WholeSnapshots:
+    """Snapshots that are all of a state; they are put into sequences that are empty."""
+
+    def __init__(self, state: SequenceState) -> None:
+        self._state = state
+
+    def size(self, seq: int) -> int:
+        return self._state.size(seq)
+
+    def read(self, seq: int, into: memoryview) -> None:
+        self._state.read(seq, into)
+
+    def write(self, seq: int, length: int, data: memoryview) -> None:
+        self._state.write(seq, data, None, length)
 
 
 class Ranges(Protocol):

@@ -6,9 +6,9 @@ import contextlib
 import ctypes
 import functools
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,8 @@ from llama_cpp import llama_cpp
 from erllama_backend_llama.large_stack import SMALL_TEXT_BYTES, check_runs, on_large_stack
 from erllama_core.errors import EngineClosed, InvalidPrompt, ModelLoadError
 from erllama_core.interfaces.backend import PackedTokens
+
+_T = TypeVar("_T")
 
 _TOKEN: Final = np.dtype("<u4")
 _MAX_TEXT_BYTES: Final = 2**31 - 1
@@ -110,10 +112,23 @@ class LlamaVocabulary:
             return text[1:]
         return text
 
+    @functools.cached_property
+    def has_whole_characters(self) -> npt.NDArray[np.bool_]:
+        """By token, whether its bytes are whole characters of UTF-8."""
+        return np.array([_is_text(piece) for piece in self._pieces], dtype=np.bool_)
+
     def piece(self, token: int) -> bytes:
         if token < 0:
             raise IndexError(f"token {token} is outside the vocabulary of {self.n_tokens} tokens")
         return self._pieces[token]
+
+    def with_native(self, use: Callable[[int], _T]) -> _T:
+        """What ``use`` makes of the native vocabulary, which is not freed meanwhile.
+
+        Raises EngineClosed when it is gone.
+        """
+        with self._in_use() as vocab:
+            return use(vocab)
 
     def close(self) -> None:
         """Forget the native vocabulary, which goes with its model; tokenising then raises
@@ -156,6 +171,14 @@ class LlamaVocabulary:
         # there, less the piece's start in the result, plus the byte's own number.
         shift = np.repeat(self._starts[ids] - (ends - lengths), lengths)
         return self._text[shift + np.arange(int(ends[-1]))].tobytes()
+
+
+def _is_text(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _tokens_of(vocab: int, data: bytes, *, parse_special: bool) -> npt.NDArray[np.int32]:

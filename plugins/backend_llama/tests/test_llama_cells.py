@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -14,28 +14,43 @@ Bench = Callable[..., Any]
 
 
 class TestLlamaContext(ContextContract):
-    """Full attention, and a recurrent model for whole states."""
+    """Full attention, a hybrid model, and a recurrent one for whole states."""
 
     # Batches of other shapes are rounded otherwise; another token's logits are off by 1 and more.
     rounding = 0.06
     flash_attn = False
-    archs: tuple[str, str] = ("llama", "mamba")
+    archs: ClassVar[dict[KVClass, str]] = {
+        KVClass.SPAN: "llama",
+        KVClass.CHECKPOINT: "lfm2",
+        KVClass.WHOLE: "mamba",
+    }
 
     @pytest.fixture(autouse=True)
     def opened_by(self, bench: Bench) -> None:
         self._bench = bench
 
     def open(self, *, unified: bool, kv_class: KVClass) -> Context:
-        arch = self.archs[0 if kv_class is KVClass.SPAN else 1]
+        arch = self.archs[kv_class]
         context: Context = self._bench(
-            arch, n_ctx=N_CTX, n_seq_max=N_SEQ, kv_unified=unified, flash_attn=self.flash_attn
+            arch,
+            n_ctx=N_CTX,
+            n_seq_max=N_SEQ,
+            kv_unified=unified,
+            swa_full=False,
+            flash_attn=self.flash_attn,
         ).context
         assert context.kv_class is kv_class
         return context
 
 
 class TestLlamaFlashAttention(TestLlamaContext):
-    """The same with the other layout of V, and a hybrid model."""
+    """The same with the other layout of V, and a hybrid model with positions of several parts."""
 
     flash_attn = True
-    archs = ("llama", "qwen35")
+    archs = TestLlamaContext.archs | {KVClass.CHECKPOINT: "qwen35"}
+
+
+class TestLlamaWindow(TestLlamaContext):
+    """A sliding window whose old cells are not kept."""
+
+    archs = TestLlamaContext.archs | {KVClass.CHECKPOINT: "gemma3"}

@@ -45,9 +45,9 @@ def test_sizes_and_threads_do_not_matter(bench: Bench) -> None:
     assert bench("llama").model.identity() == bench("llama", **options).model.identity()
 
 
-def test_the_number_of_separate_pools_matters_for_whole_states_only(bench: Bench) -> None:
-    """A range names its own cells alone, a whole state every pool there is."""
-    for arch, matters in (("llama", False), ("lfm2", True)):
+def test_the_number_of_separate_pools_matters_where_state_names_them(bench: Bench) -> None:
+    """A range and a recurrent state name their own cells alone, a window every pool there is."""
+    for arch, matters in (("llama", False), ("lfm2", False), ("gemma3", True)):
         few, many = (bench(arch, kv_unified=False, n_seq_max=n).model.identity() for n in (2, 3))
         assert (few != many) is matters
 

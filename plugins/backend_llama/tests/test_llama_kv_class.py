@@ -22,13 +22,16 @@ Bench = Callable[..., Any]
     [
         ("llama", {}, KVClass.SPAN, None),
         ("gemma3", {}, KVClass.SPAN, 64),
-        ("gemma3", {"swa_full": False}, KVClass.WHOLE, None),
+        ("gemma3", {"swa_full": False}, KVClass.CHECKPOINT, None),
         ("mamba", {}, KVClass.WHOLE, None),
-        ("lfm2", {}, KVClass.WHOLE, None),
-        ("qwen35", {}, KVClass.WHOLE, None),
+        ("lfm2", {}, KVClass.CHECKPOINT, None),
+        ("qwen35", {}, KVClass.CHECKPOINT, None),
         ("llama", {"kv_unified": False}, KVClass.SPAN, None),
-        ("gemma3", {"kv_unified": False}, KVClass.WHOLE, None),
-        ("lfm2", {"kv_unified": False}, KVClass.WHOLE, None),
+        ("gemma3", {"kv_unified": False}, KVClass.CHECKPOINT, None),
+        ("gemma3", {"kv_unified": False, "swa_full": False}, KVClass.CHECKPOINT, None),
+        ("lfm2", {"kv_unified": False}, KVClass.CHECKPOINT, None),
+        ("qwen35", {"kv_unified": False, "n_seq_max": 3}, KVClass.CHECKPOINT, None),
+        ("mamba", {"kv_unified": False}, KVClass.WHOLE, None),
     ],
 )
 @pytest.mark.parametrize("flash_attn", [False, "auto"])
@@ -40,8 +43,8 @@ def test_class_follows_the_memory(
     block: int | None,
     flash_attn: Any,
 ) -> None:
-    """Full attention and a kept window are cut freely, everything else is whole; the proof
-    agrees, silently.
+    """Full attention and a kept window are cut freely, recurrent models are whole, and the others
+    have a part of each kind; the proof agrees, silently.
     """
     with capture_logs() as logs:
         context = bench(arch, flash_attn=flash_attn, **options).context

@@ -13,7 +13,7 @@ from structlog.testing import capture_logs
 
 from erllama_backend_llama import native
 from erllama_core.errors import EngineClosed
-from erllama_core.interfaces.backend import SamplingParams
+from erllama_core.interfaces.backend import Row, SamplingParams
 
 Load = Callable[..., Any]
 Tiny = Callable[..., Path]
@@ -56,12 +56,19 @@ def test_close_is_idempotent_and_needs_no_context(load: Load, tiny: Tiny) -> Non
     context.close()
 
 
-def test_the_context_is_opened_once(load: Load, tiny: Tiny) -> None:
-    """A second context of the same model is a caller's error."""
+def test_a_second_context_takes_the_place_of_one_that_was_given_up(load: Load, tiny: Tiny) -> None:
+    """It is opened beside the first, which may be closed later, or with the model."""
     model = load(tiny("llama"))
-    model.open_context()
-    with pytest.raises(ValueError, match="before"):
-        model.open_context()
+    first = model.open_context()
+    second = model.open_context()
+    for context in (first, second):
+        context.step([Row(0, 0, bytes(8), logits=True)])
+    assert first.mark(0, None) == second.mark(0, None)
+    first.close()
+    second.step([Row(0, 2, bytes(4), logits=True)])
+    model.close()
+    with pytest.raises(EngineClosed):
+        second.step([])
 
 
 def test_models_load_on_many_threads_at_once(load: Load, tiny: Tiny) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from llama_cpp import llama_cpp
 
-from erllama_backend_llama.logits import make_mark
+from erllama_backend_llama.logits import largest, make_mark
 from erllama_core.errors import EngineClosed
-from erllama_core.interfaces.backend import PENALTY_WINDOW, Mark, SamplingParams
+from erllama_core.interfaces.backend import PENALTY_WINDOW, Mark, Row, SamplingParams
 
 Bench = Callable[..., Any]
 TOKENS = [(11 * index + 3) % 256 for index in range(100)]
@@ -95,6 +97,47 @@ def test_greedy_takes_the_largest_logit(bench: Bench) -> None:
     sampler = b.model.new_sampler(SamplingParams(), b"")
     assert b.context.sample(0, sampler) == int(row.argmax())
     sampler.close()
+
+
+@pytest.mark.parametrize("unified", [True, False])
+def test_greedy_draws_are_those_of_the_native_sampler(bench: Bench, unified: bool) -> None:
+    """Rows in any order, of one token or several: each greedy draw is llama.cpp's own."""
+    b = bench("llama", n_seq_max=4, kv_unified=unified)
+    sampler = b.model.new_sampler(SamplingParams(), b"")
+    swapped = b.model.new_sampler(PARAMS["usual"], b"")
+    chain = sampler.chain_for(greedy=True)
+    drawn = set()
+    for step, order in enumerate(permutations(range(4))):
+        rows = []
+        for seq in order:
+            count = 1 + 5 * (seq == step % 4) * (step % 2)
+            part = TOKENS[(step + seq) % 90 :][:count]
+            rows.append(Row(seq, b.lengths[seq], b.pack(part), logits=True))
+            b.lengths[seq] += count
+        b.context.step(rows)
+        for row in range(4):
+            index = sum(len(rows[n].tokens) // 4 for n in range(4) if rows[n].seq <= rows[row].seq)
+            expected = llama_cpp.llama_sampler_sample(chain, b.context._context, index - 1)
+            assert b.context.sample(row, sampler) == expected
+            assert b.context.sample(row, swapped, greedy=True) == expected
+            drawn.add(expected)
+    assert len(drawn) > 4
+    sampler.close()
+    swapped.close()
+    with pytest.raises(EngineClosed):
+        b.context.sample(0, sampler)
+
+
+def test_the_largest_of_equal_logits_is_the_first() -> None:
+    """Of equal logits the lowest token is drawn; rows that are no numbers are told apart."""
+    rows = np.zeros((6, 70), dtype=np.float32)
+    rows[0, [9, 30, 69]] = 2.0
+    rows[1] = 1.0
+    rows[2, 40] = np.nan
+    rows[3, 40] = np.inf
+    rows[4] = -np.inf
+    rows[5, 1:] = -np.inf
+    assert largest(rows) == [9, 0, -1, -1, -1, 0]
 
 
 @given(

@@ -31,7 +31,7 @@ class CellMaker:
     """Computes cells. Thread-safe."""
 
     def __init__(self, key: bytes, cell_bytes: int) -> None:
-        self._key = key
+        self.key: Final = key
         self._fill_bytes = cell_bytes - CELL_HEAD_BYTES
         self.cell_bytes: Final = cell_bytes
 
@@ -42,7 +42,7 @@ class CellMaker:
         flat[0::2] = tokens
         flat[1::2] = range(start, start + count)
         heads = struct.pack(f"<{2 * count}I", *flat)
-        key, fill, shake = self._key, self._fill_bytes, hashlib.shake_128
+        key, fill, shake = self.key, self._fill_bytes, hashlib.shake_128
         return b"".join(
             [
                 (head := heads[at : at + CELL_HEAD_BYTES]) + shake(key + head).digest(fill)

@@ -9,8 +9,10 @@ from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from typing import Final, NoReturn
 
+from erllama_backend_stub.adapter import StubAdapter, adapted_key
 from erllama_backend_stub.blob import BlobKind, blob_bytes, read_blob, write_blob
 from erllama_backend_stub.cells import CellMaker, CellPool
+from erllama_backend_stub.constrained import ConstrainedStubSampler
 from erllama_backend_stub.faults import FaultPlan
 from erllama_backend_stub.logits import LogitRow
 from erllama_backend_stub.options import StubOptions
@@ -62,6 +64,8 @@ class StubContext:
         self.max_block_tokens: Final = options.max_block_tokens
         self.exports_whole: Final = not context.kv_unified
         self._cell_bytes = maker.cell_bytes
+        self._own_maker = maker
+        self._adapters: tuple[tuple[StubAdapter, float], ...] = ()
         n_pools = 1 if context.kv_unified else context.n_seq_max
         self._pools = [CellPool(context.n_ctx, maker.cell_bytes) for _ in range(n_pools)]
         self._sequences = [
@@ -115,6 +119,8 @@ class StubContext:
         Raises DecodeFailed with a :class:`Status`. Sleeps as long as the options say.
         """
         self._enter()
+        if any(adapter.is_closed for adapter, _ in self._adapters):
+            raise RuntimeError("an adapter of this context was closed")
         self._rows = []
         self._aborted.clear()
         try:
@@ -138,6 +144,29 @@ class StubContext:
         """See the protocol. Ends a step that hangs or sleeps."""
         self._aborted.set()
         self._faults.gate.wake()
+
+    def set_adapters(self, adapters: Items[tuple[StubAdapter, float]]) -> None:
+        """Compute with these from now on. For the faults it counts as a step.
+
+        When it fails, with none of the old ones nor the new. RuntimeError while any sequence
+        has cells, for a closed adapter, and for a scale of 0.
+        """
+        self._enter()
+        if any(len(sequence) or sequence.must_drop for sequence in self._sequences):
+            raise RuntimeError("adapters are changed while sequences have cells")
+        if any(adapter.is_closed or not scale for adapter, scale in adapters):
+            raise RuntimeError("a closed adapter, or one of no effect, cannot be attached")
+        self._aborted.clear()
+        self._adapters = ()
+        self._use_key(b"neither the old ones nor the new ones")
+        self._meet_fault()
+        self._adapters = tuple(adapters)
+        self._use_key(adapted_key(self._own_maker.key, adapters))
+
+    def _use_key(self, key: bytes) -> None:
+        maker = CellMaker(key, self._cell_bytes)
+        for sequence in self._sequences:
+            sequence.maker = maker
 
     def _take_back(self, sequence: Sequence) -> None:
         """What a failed step leaves of a sequence that did not fail before."""
@@ -219,13 +248,17 @@ class StubContext:
     def sample(self, row: int, sampler: Sampler, *, greedy: bool = False) -> int:
         """See the protocol. Raises ValueError for a row without logits."""
         logits = self._row(row)
-        if not isinstance(sampler, StubSampler):
+        if not isinstance(sampler, StubSampler | ConstrainedStubSampler):
             raise TypeError(f"a {type(sampler).__name__} is not a sampler of this model")
         return sampler.sample_row(logits, greedy=greedy)
 
     def mark(self, row: int, size: int | None) -> Mark:
         """See the protocol. Raises ValueError for a row without logits."""
         return self._row(row).mark(size)
+
+    def logit(self, row: int, token: int) -> float:
+        """See the protocol. Raises ValueError for a row without logits."""
+        return self._row(row).values[token]
 
     # ----------------------------------------------------------- sequences
 
@@ -261,6 +294,8 @@ class StubContext:
                 f"{length} tokens of sequence {source}, which has {len(giver)}, cannot be shared "
                 f"with sequence {target}, which has {len(taker)}"
             )
+        if self.kv_class is KVClass.CHECKPOINT and giver.state is None:
+            raise StateRejected(f"sequence {source} has ranges, but no state to share")
         if self.kv_class is not KVClass.SPAN and length != len(giver):
             return False
         taker.share(giver, length)

@@ -6,9 +6,12 @@ import hashlib
 import math
 import struct
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Final
 
+from erllama_backend_stub.adapter import StubAdapter
 from erllama_backend_stub.cells import CellMaker
+from erllama_backend_stub.constrained import ConstrainedStubSampler
 from erllama_backend_stub.context import StubContext
 from erllama_backend_stub.faults import FaultPlan, HangGate
 from erllama_backend_stub.options import StubOptions
@@ -18,9 +21,13 @@ from erllama_backend_stub.template import CHAT_TEMPLATE
 from erllama_backend_stub.vocabulary import StubVocabulary, tape_from_tokens
 from erllama_core.errors import InvalidPrompt, ModelLoadError
 from erllama_core.interfaces.backend import (
+    Adapter,
     BackendRequest,
+    Constraint,
+    Context,
     ContextOptions,
     Identity,
+    MemoryEstimate,
     PackedTokens,
     Quantisation,
     SamplingParams,
@@ -52,8 +59,17 @@ def open_model(request: BackendRequest) -> StubModel:
     return StubModel(options, request.context, script)
 
 
+def estimate_memory(request: BackendRequest) -> MemoryEstimate:
+    """The provider's estimate: the cells of :func:`open_model`'s context."""
+    context = request.context
+    n_cells = context.n_ctx * (1 if context.kv_unified else context.n_seq_max)
+    return MemoryEstimate(kv_bytes=n_cells * request.options.cell_bytes)
+
+
 class StubModel:
-    """See ``erllama_core.interfaces.backend.BackendModel``; it also ``Embeds``.
+    """See ``erllama_core.interfaces.backend.BackendModel``.
+
+    It also ``Embeds``, ``Adapts`` and ``Constrains``.
 
     Contexts can be opened any number of times, one after or beside the other.
     """
@@ -117,6 +133,11 @@ class StubModel:
     def new_sampler(self, params: SamplingParams, history: PackedTokens) -> StubSampler:
         return StubSampler(params, history)
 
+    def new_constrained_sampler(
+        self, params: SamplingParams, history: PackedTokens, constraint: Constraint
+    ) -> ConstrainedStubSampler:
+        return ConstrainedStubSampler(params, history, constraint, self.vocabulary)
+
     def embed(self, tokens: PackedTokens) -> Sequence[float]:
         """32 floats of length 1, a function of tokens and weights.
 
@@ -130,6 +151,21 @@ class StubModel:
         vector = [2 * n - 65535 for n in struct.unpack(f"<{EMBEDDING_FLOATS}H", numbers)]
         length = math.sqrt(sum(n * n for n in vector))
         return [n / length for n in vector]
+
+    def load_adapter(self, path: Path) -> StubAdapter:
+        """See ``Adapts``."""
+        return StubAdapter.read(path)
+
+    def attach(self, context: Context, adapters: Sequence[tuple[Adapter, float]]) -> None:
+        """See ``Adapts``, whose contract is enforced. TypeError for what is not the stub's."""
+        if not isinstance(context, StubContext):
+            raise TypeError(f"a {type(context).__name__} is no context of this model")
+        chosen = []
+        for adapter, scale in adapters:
+            if not isinstance(adapter, StubAdapter):
+                raise TypeError(f"a {type(adapter).__name__} is no adapter of this model")
+            chosen.append((adapter, scale))
+        context.set_adapters(chosen)
 
     def close(self) -> None:
         """Nothing to free. Idempotent."""

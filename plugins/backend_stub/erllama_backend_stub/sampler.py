@@ -39,18 +39,23 @@ class StubSampler:
         """Draw the next token from the logits of a step and take note of it."""
         return self._choose(_ALL_TOKENS, row.values, greedy=greedy)
 
-    def sample_mark(self, mark: Mark, *, greedy: bool = False) -> int:
+    def sample_mark(self, mark: Mark, *, greedy: bool = False) -> int | None:
         """See the protocol. Raises ValueError for a mark that does not serve the parameters."""
-        if not mark.serves(self._params):
-            raise ValueError(f"a mark of {mark.size} logits cannot serve {self._params}")
-        tokens = struct.unpack(f"<{mark.size}I", mark.tokens)
-        logits = struct.unpack(f"<{mark.size}f", mark.logits)
-        return self._choose(tokens, logits, greedy=greedy)
+        return self._choose(*logits_of(mark, self._params), greedy=greedy)
 
     def close(self) -> None:
         self._recent.clear()
 
     def _choose(self, tokens: Sequence[int], logits: Sequence[float], *, greedy: bool) -> int:
+        token = self.draw(tokens, logits, greedy=greedy)
+        self.note(token)
+        return token
+
+    def note(self, token: int) -> None:
+        """The token comes next: it counts for the penalty."""
+        self._recent.append(token)
+
+    def draw(self, tokens: Sequence[int], logits: Sequence[float], *, greedy: bool) -> int:
         """Draw from parallel tokens and logits, whose order has no influence."""
         penalty = self._params.repetition_penalty
         if penalty != 1.0:
@@ -66,7 +71,6 @@ class StubSampler:
             token = min(t for t, logit in zip(tokens, logits, strict=True) if logit == top)
         else:
             token = self._draw(tokens, logits)
-        self._recent.append(token)
         return token
 
     def _draw(self, tokens: Sequence[int], logits: Sequence[float]) -> int:
@@ -94,3 +98,11 @@ class StubSampler:
             if lot < 0.0:
                 return token
         return ranked[-1][1]
+
+
+def logits_of(mark: Mark, params: SamplingParams) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """The tokens of a mark and their logits. Raises ValueError for one that does not serve."""
+    if not mark.serves(params):
+        raise ValueError(f"a mark of {mark.size} logits cannot serve {params}")
+    tokens = struct.unpack(f"<{mark.size}I", mark.tokens)
+    return tokens, struct.unpack(f"<{mark.size}f", mark.logits)

@@ -27,7 +27,8 @@ class Sequence:
 
     def __init__(self, pool: CellPool, maker: CellMaker, *, recurrent: bool, keeps_tape: bool):
         self._pool = pool
-        self._maker = maker
+        self.maker = maker
+        """Computes its cells; another one only while there are none."""
         self._recurrent = recurrent
         self._keeps_tape = keeps_tape
         self.cells = no_cells()
@@ -64,7 +65,7 @@ class Sequence:
 
     def put(self, data: bytes | memoryview) -> None:
         """Append cells from elsewhere; the pool must have room for them."""
-        cells = self._pool.take(len(data) // self._maker.cell_bytes)
+        cells = self._pool.take(len(data) // self.maker.cell_bytes)
         self._pool.write(cells, data)
         self.cells.extend(cells)
         self.state = None
@@ -85,9 +86,9 @@ class Sequence:
     def compute(self, tokens: Items[int]) -> None:
         """Compute and append the cells of ``tokens``; the pool must have room for them."""
         length, state = len(self), self.state
-        self.put(self._maker.make(length, tokens))
+        self.put(self.maker.make(length, tokens))
         if state is not None:
-            size = self._maker.cell_bytes
+            size = self.maker.cell_bytes
             data = self.read(length, len(self))
             for at in range(0, len(data), size):
                 state = hashlib.blake2b(data[at : at + size], key=state).digest()
@@ -106,7 +107,7 @@ class Sequence:
         self._hash.update(data)
         if self._keeps_tape:
             words = struct.unpack(f"<{len(data) // 4}I", data)
-            self._tape.append("".join(map(_character, words[:: self._maker.cell_bytes // 4])))
+            self._tape.append("".join(map(_character, words[:: self.maker.cell_bytes // 4])))
         self._n_read = len(self)
 
     def digest(self) -> bytes:

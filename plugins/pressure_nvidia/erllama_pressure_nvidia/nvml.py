@@ -13,13 +13,18 @@ import pynvml  # type: ignore[import-untyped]  # nvidia-ml-py ships no types
 from erllama_core.errors import PluginUnavailable
 
 
+class NoSuchDevice(PluginUnavailable):
+    """There is no GPU of that index or UUID."""
+
+
 @attrs.frozen
 class Device:
     """A GPU, or a MIG slice of one."""
 
     handle: Any
     resource: str
-    """``"gpu:<index>"``; a MIG slice, which has no index, by its UUID."""
+    """``"gpu:<index>"``; a slice that was found in its GPU ``"gpu:<index>/mig:<number>"``, one that
+    was asked for by its UUID, which tells neither, by that."""
 
 
 class Nvml:
@@ -63,13 +68,13 @@ class Nvml:
             raise PluginUnavailable(f"NVML cannot count the GPUs: {error}") from error
 
     def device(self, name: int | str) -> Device:
-        """The GPU with this index or UUID."""
+        """The GPU with this index or UUID. Raises NoSuchDevice."""
         try:
             if isinstance(name, int):
                 return Device(pynvml.nvmlDeviceGetHandleByIndex(name), f"gpu:{name}")
             handle = pynvml.nvmlDeviceGetHandleByUUID(name)
         except (pynvml.NVMLError_InvalidArgument, pynvml.NVMLError_NotFound) as error:
-            raise PluginUnavailable(
+            raise NoSuchDevice(
                 f"there is no GPU {name!r}; NVML sees {self.device_count()} (`nvidia-smi -L` "
                 f"lists them)"
             ) from error
@@ -79,6 +84,27 @@ class Nvml:
             return Device(handle, f"gpu:{pynvml.nvmlDeviceGetIndex(handle)}")
         except pynvml.NVMLError:
             return Device(handle, f"gpu:{name}")
+
+    def slices(self, device: Device) -> tuple[Device, ...]:
+        """The MIG slices of a GPU; none when it is not cut up, or the driver knows no such thing.
+
+        Never raises.
+        """
+        try:
+            current, _pending = pynvml.nvmlDeviceGetMigMode(device.handle)
+            if current != pynvml.NVML_DEVICE_MIG_ENABLE:
+                return ()
+            places = int(pynvml.nvmlDeviceGetMaxMigDeviceCount(device.handle))
+        except pynvml.NVMLError:
+            return ()
+        found = []
+        for number in range(places):
+            try:
+                handle = pynvml.nvmlDeviceGetMigDeviceHandleByIndex(device.handle, number)
+            except pynvml.NVMLError:
+                continue  # nothing at this place, or not for this process
+            found.append(Device(handle, f"{device.resource}/mig:{number}"))
+        return tuple(found)
 
     def memory(self, device: Device) -> tuple[int, int]:
         """Used and total bytes of a GPU's memory."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import attrs
+from attrs import validators
 
 _Devices = tuple[int | str, ...]
 
@@ -24,3 +27,8 @@ class NvidiaOptions:
 
     devices: tuple[int | str, ...] = attrs.field(default=(), validator=_named)
     """Indices or UUIDs, as ``nvidia-smi -L`` lists them. Empty: all."""
+    readings: tuple[Literal["device", "sum"], ...] = attrs.field(
+        default=("device", "sum"), validator=validators.min_len(1)
+    )
+    """``"device"``: one of each GPU; ``"sum"``: one of all of them together, if there are several.
+    With ``"sum"`` alone a GPU that is full does no harm while another one has room."""

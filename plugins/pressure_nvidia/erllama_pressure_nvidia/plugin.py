@@ -14,7 +14,7 @@ from erllama_pressure_nvidia.options import NvidiaOptions
 def _make(options: NvidiaOptions) -> PressureSource:
     from erllama_pressure_nvidia.source import NvidiaPressure
 
-    return NvidiaPressure(options.devices)
+    return NvidiaPressure(options)
 
 
 def _probe() -> Available | Unavailable:

@@ -15,7 +15,9 @@ import pytest
 
 from erllama_core.providers import PressureProvider, Unavailable
 
-# Two GPUs of 16 GiB. FAKE_INIT and FAKE_MEMORY_<index> make a call return that status.
+# Two GPUs of 16 GiB. FAKE_INIT, FAKE_OPEN_<index> and FAKE_MEMORY_<index> make a call return that
+# status; FAKE_USED_<index> is in GiB. With FAKE_MIG, GPU 1 is cut into slices 0 and 2 of three
+# places, tells its own memory to nobody, and slices are GPUs 10 and 12.
 STAND_IN = r"""
 #include <stdlib.h>
 #include <stdio.h>
@@ -23,14 +25,21 @@ STAND_IN = r"""
 
 typedef struct { unsigned index; } device_t;
 typedef struct { unsigned long long total, free, used; } memory_t;
-static device_t devices[2] = {{0}, {1}};
+static device_t devices[13];
 static int users = 0;
 
-static int status(const char *name) { const char *v = getenv(name); return v ? atoi(v) : 0; }
+static int number(const char *name, unsigned index, int otherwise) {
+    char full[32];
+    snprintf(full, sizeof full, name, index);
+    const char *value = getenv(full);
+    return value ? atoi(value) : otherwise;
+}
+static device_t *device(unsigned index) { devices[index].index = index; return &devices[index]; }
+static int is_cut(unsigned index) { return index == 1 && getenv("FAKE_MIG") != NULL; }
 
 int fake_users(void) { return users; }
 int nvmlInitWithFlags(unsigned flags) {
-    int s = status("FAKE_INIT");
+    int s = number("FAKE_INIT", 0, 0);
     if (s == 0) users++;
     return s;
 }
@@ -38,31 +47,49 @@ int nvmlShutdown(void) { if (users == 0) return 1; users--; return 0; }
 const char *nvmlErrorString(int s) { return s == 15 ? "GPU is lost" : "some NVML error"; }
 int nvmlDeviceGetCount_v2(unsigned *count) {
     if (users == 0) return 1;
-    *count = getenv("FAKE_COUNT") ? status("FAKE_COUNT") : 2;
+    *count = number("FAKE_COUNT", 0, 2);
     return 0;
 }
 int nvmlDeviceGetHandleByIndex_v2(unsigned index, device_t **out) {
     if (users == 0) return 1;
     if (index >= 2) return 2;
-    *out = &devices[index];
-    return 0;
+    *out = device(index);
+    return number("FAKE_OPEN_%u", index, 0);
 }
 int nvmlDeviceGetHandleByUUID(const char *uuid, device_t **out) {
     if (users == 0) return 1;
-    if (strcmp(uuid, "GPU-one") == 0) { *out = &devices[1]; return 0; }
+    if (strcmp(uuid, "GPU-one") == 0) { *out = device(1); return 0; }
+    if (strcmp(uuid, "MIG-two") == 0 && is_cut(1)) { *out = device(12); return 0; }
     return 6;
 }
-int nvmlDeviceGetIndex(device_t *device, unsigned *index) { *index = device->index; return 0; }
+int nvmlDeviceGetIndex(device_t *device, unsigned *index) {
+    if (device->index >= 10) return 3;
+    *index = device->index;
+    return 0;
+}
 int nvmlDeviceGetMemoryInfo(device_t *device, memory_t *out) {
-    char name[32];
+    unsigned index = device->index;
     if (users == 0) return 1;
-    snprintf(name, sizeof name, "FAKE_MEMORY_%u", device->index);
-    if (status(name)) return status(name);
-    out->total = 16ull << 30;
-    out->used = (1ull + device->index) << 30;
+    int failed = number("FAKE_MEMORY_%u", index, is_cut(index) ? 4 : 0);
+    if (failed) return failed;
+    out->total = (index >= 10 ? 4ull : 16ull) << 30;
+    out->used = (unsigned long long)number("FAKE_USED_%u", index, 1 + index % 10) << 30;
     out->free = out->total - out->used;
     return 0;
 }
+#ifndef WITHOUT_MIG
+int nvmlDeviceGetMigMode(device_t *device, unsigned *current, unsigned *pending) {
+    if (getenv("FAKE_MIG") == NULL) return 3;
+    *current = *pending = is_cut(device->index);
+    return 0;
+}
+int nvmlDeviceGetMaxMigDeviceCount(device_t *device, unsigned *count) { *count = 3; return 0; }
+int nvmlDeviceGetMigDeviceHandleByIndex(device_t *parent, unsigned index, device_t **out) {
+    if (index == 1 || strcmp(getenv("FAKE_MIG"), "hidden") == 0) return 6;
+    *out = device(10 + index);
+    return 0;
+}
+#endif
 """
 
 PRELUDE = """
@@ -77,10 +104,13 @@ def users():
 
 def shown(source):
     try:
-        return [[r.resource, r.used_bytes >> 30, r.total_bytes >> 30] for r in source.sample()]
+        readings = source.sample()
+        assert all(reading.is_device for reading in readings)
+        return [[r.resource, r.used_bytes >> 30, r.total_bytes >> 30] for r in readings]
     except ErllamaError as error:
         return str(error)
 
+libc = ctypes.CDLL(None)
 (provider,) = plugin.erllama_pressure_sources()
 """
 
@@ -88,16 +118,25 @@ def shown(source):
 @pytest.fixture(scope="session")
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the stand-in for libnvidia-ml.so.1."""
+    return build(tmp_path_factory.mktemp("driver"))
+
+
+@pytest.fixture(scope="session")
+def old_driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of a driver from before MIG."""
+    return build(tmp_path_factory.mktemp("driver"), "-DWITHOUT_MIG")
+
+
+def build(folder: Path, *options: str) -> Path:
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         pytest.skip("no C compiler to build the stand-in for the driver's library with")
     if sys.platform != "linux":
         pytest.skip("the driver's library is found by name on Linux only")
-    folder = tmp_path_factory.mktemp("driver")
     source = folder / "nvml.c"
     source.write_text(STAND_IN)
     library = folder / "libnvidia-ml.so.1"
-    command = [compiler, "-shared", "-fPIC", "-o", str(library), str(source)]
+    command = [compiler, "-shared", "-fPIC", *options, "-o", str(library), str(source)]
     subprocess.run(command, check=True, capture_output=True)
     return folder
 
@@ -117,22 +156,78 @@ def run(code: str, driver: Path | None = None, **variables: str) -> Any:
 
 
 def test_every_device(driver: Path) -> None:
-    """Without a choice every GPU gives a reading, called by its index."""
+    """Without a choice every GPU gives a reading, called by its index, and all of them one more."""
     code = "print(json.dumps(shown(provider.factory(NvidiaOptions()))))"
-    assert run(code, driver) == [["gpu:0", 1, 16], ["gpu:1", 2, 16]]
+    assert run(code, driver) == [["gpu:0", 1, 16], ["gpu:1", 2, 16], ["gpu", 3, 32]]
+
+
+@pytest.mark.parametrize(
+    ("readings", "expected"),
+    [
+        ("('device',)", [["gpu:0", 1, 16], ["gpu:1", 2, 16]]),
+        ("('sum',)", [["gpu", 3, 32]]),
+    ],
+)
+def test_chosen_readings(driver: Path, readings: str, expected: list[Any]) -> None:
+    """Each device, or all of them as one memory, can be had alone."""
+    code = f"print(json.dumps(shown(NvidiaPressure(NvidiaOptions(readings={readings})))))"
+    assert run(code, driver) == expected
+
+
+def test_readings_change(driver: Path) -> None:
+    """Every sample reads the driver anew."""
+    code = """
+    source = NvidiaPressure()
+    before = shown(source)
+    libc.setenv(b"FAKE_USED_1", b"15", 1)
+    print(json.dumps([before[1], shown(source)[1:]]))
+    """
+    assert run(code, driver) == [["gpu:1", 2, 16], [["gpu:1", 15, 16], ["gpu", 16, 32]]]
+
+
+def test_slices_stand_for_their_gpu(driver: Path) -> None:
+    """Of a GPU that MIG cuts up each slice is read, and not the GPU, which tells nobody."""
+    code = "print(json.dumps(shown(NvidiaPressure())))"
+    slices = [["gpu:1/mig:0", 1, 4], ["gpu:1/mig:2", 3, 4]]
+    assert run(code, driver, FAKE_MIG="1") == [["gpu:0", 1, 16], *slices, ["gpu", 5, 24]]
+
+
+def test_chosen_slice(driver: Path) -> None:
+    """A slice is chosen by its UUID, and called by it; its GPU's UUID chooses all its slices."""
+    code = "print(json.dumps(shown(NvidiaPressure(NvidiaOptions(devices=({},))))))"
+    assert run(code.format("'MIG-two'"), driver, FAKE_MIG="1") == [["gpu:MIG-two", 3, 4]]
+    assert run(code.format("'GPU-one'"), driver, FAKE_MIG="1")[:2] == [
+        ["gpu:1/mig:0", 1, 4],
+        ["gpu:1/mig:2", 3, 4],
+    ]
+
+
+def test_slices_that_are_hidden(driver: Path) -> None:
+    """A GPU that is cut up and shows no slice is read itself, or left out if it tells nothing."""
+    code = "print(json.dumps(shown(NvidiaPressure())))"
+    variables = {"FAKE_MIG": "hidden"}
+    assert run(code, driver, **variables) == [["gpu:0", 1, 16]]
+    variables["FAKE_MEMORY_1"] = "0"
+    assert run(code, driver, **variables)[1] == ["gpu:1", 2, 16]
+
+
+def test_a_driver_from_before_mig(old_driver: Path) -> None:
+    """A driver's library that lacks the functions for slices is no failure."""
+    code = "print(json.dumps(shown(NvidiaPressure())))"
+    assert run(code, old_driver)[:2] == [["gpu:0", 1, 16], ["gpu:1", 2, 16]]
 
 
 @pytest.mark.parametrize("device", ["1", "'GPU-one'"])
 def test_chosen_device(driver: Path, device: str) -> None:
     """A GPU is chosen by index or UUID, and has the same name either way."""
-    code = f"print(json.dumps(shown(NvidiaPressure(({device},)))))"
+    code = f"print(json.dumps(shown(NvidiaPressure(NvidiaOptions(({device},))))))"
     assert run(code, driver) == [["gpu:1", 2, 16]]
 
 
 @pytest.mark.parametrize("device", ["7", "'GPU-none'"])
 def test_unknown_device(driver: Path, device: str) -> None:
     """A device that is not there is named, with what there is; NVML is given back."""
-    code = f"print(json.dumps([shown(NvidiaPressure(({device},))), users()]))"
+    code = f"print(json.dumps([shown(NvidiaPressure(NvidiaOptions(({device},)))), users()]))"
     message, users = run(code, driver)
     assert f"there is no GPU {device}; NVML sees 2" in message
     assert users == 0
@@ -153,7 +248,7 @@ def test_nvml_is_started_late_and_given_back(driver: Path) -> None:
 def test_two_sources_do_not_disturb_each_other(driver: Path) -> None:
     """Closing one source leaves another one working."""
     code = """
-    one, two = NvidiaPressure(), NvidiaPressure((0,))
+    one, two = NvidiaPressure(), NvidiaPressure(NvidiaOptions((0,)))
     one.sample(); two.sample(); one.close()
     print(json.dumps(shown(two)))
     """
@@ -164,14 +259,25 @@ def test_one_lost_device(driver: Path) -> None:
     """A GPU that is lost does not hide the others."""
     code = "print(json.dumps(shown(NvidiaPressure())))"
     assert run(code, driver, FAKE_MEMORY_0="15") == [["gpu:1", 2, 16]]
+    assert run(code, driver, FAKE_OPEN_0="15") == [["gpu:1", 2, 16]]
+
+
+def test_a_lost_device_comes_back(driver: Path) -> None:
+    """While a GPU is lost NVML is started anew each time, and so finds it when it was reset."""
+    code = """
+    source = NvidiaPressure()
+    lost, users_after = shown(source), users()
+    libc.unsetenv(b"FAKE_MEMORY_0")
+    print(json.dumps([lost, users_after, shown(source)[0], users()]))
+    """
+    assert run(code, driver, FAKE_MEMORY_0="15") == [[["gpu:1", 2, 16]], 0, ["gpu:0", 1, 16], 1]
 
 
 def test_all_devices_lost_and_back(driver: Path) -> None:
     """When no GPU can be read the sample says why, and a later one starts anew."""
     code = """
-    source = NvidiaPressure((0,))
+    source = NvidiaPressure(NvidiaOptions((0,)))
     first, users_after = shown(source), users()
-    libc = ctypes.CDLL(None)
     libc.unsetenv(b"FAKE_MEMORY_0")
     print(json.dumps([first, users_after, shown(source)]))
     """
@@ -231,6 +337,8 @@ def test_options() -> None:
         NvidiaOptions((-1,))
     with pytest.raises(ValueError, match="'devices' has 'gpu0'"):
         NvidiaOptions(("gpu0",))
+    with pytest.raises(ValueError, match="readings"):
+        NvidiaOptions(readings=())
 
 
 def test_provider_record() -> None:
@@ -242,3 +350,22 @@ def test_provider_record() -> None:
     assert provider.name == "nvidia"
     answer = provider.probe()
     assert not isinstance(answer, Unavailable) or answer.reason
+
+
+def test_driver_lost_while_it_runs(driver: Path) -> None:
+    """A driver that is unloaded is an error that says so, and is found when it is back."""
+    code = """
+    source = NvidiaPressure()
+    before = shown(source)
+    for name in (b"FAKE_MEMORY_0", b"FAKE_MEMORY_1"):
+        libc.setenv(name, b"1", 1)
+    libc.setenv(b"FAKE_INIT", b"9", 1)
+    gone = [shown(source), shown(source)]
+    for name in (b"FAKE_MEMORY_0", b"FAKE_MEMORY_1", b"FAKE_INIT"):
+        libc.unsetenv(name)
+    print(json.dumps([gone, shown(source) == before]))
+    """
+    gone, back = run(code, driver)
+    assert "NVML cannot read the memory" in gone[0]
+    assert "kernel module is not loaded" in gone[1]
+    assert back

@@ -1,4 +1,4 @@
-"""The memory limit of this process's control group, versions 1 and 2.
+"""The memory limits and stalls of this process's control group, versions 1 and 2.
 
 Sources: cgroups(7) for /proc/self/cgroup, proc_pid_mountinfo(5) for where a hierarchy is
 mounted, and the kernel's admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst for the files.
@@ -23,15 +23,27 @@ _UNLIMITED_BYTES: Final = 1 << 60
 
 @attrs.frozen
 class _Version:
-    """The files of one cgroup version, and the count in memory.stat that can be reclaimed."""
+    """The files of one cgroup version, and the names of counts in its memory.stat."""
 
-    limit: str
+    limits: tuple[str, ...]
+    """The kernel kills at some, and slows a group down at others until it has reclaimed enough."""
     usage: str
-    reclaimable: str
+    file_pages: tuple[str, ...]
+    mapped: str
 
 
-_V1: Final = _Version("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-_V2: Final = _Version("memory.max", "memory.current", "inactive_file")
+_V1: Final = _Version(
+    ("memory.limit_in_bytes",),
+    "memory.usage_in_bytes",
+    ("total_inactive_file", "total_active_file"),
+    "total_mapped_file",
+)
+_V2: Final = _Version(
+    ("memory.max", "memory.high"),
+    "memory.current",
+    ("inactive_file", "active_file"),
+    "file_mapped",
+)
 
 
 @attrs.frozen
@@ -54,8 +66,9 @@ def read_cgroup_memory(proc_self: Path = PROC_SELF) -> PressureReading | None:
 
     Every group from the process's own to the outermost visible one can have a limit, and
     counts what the groups below it use. The reading is of the one with the least room left,
-    which will be hit first. Inactive file pages are reclaimed before that, so they do not
-    count as used. Raises nothing: what cannot be read gives no reading.
+    which will be hit first. Page cache is reclaimed before that, so it does not count as used;
+    but for mapped files, such as a model's weights, which would be read again at once. Raises
+    nothing: what cannot be read gives no reading.
     """
     readings = [
         reading
@@ -64,6 +77,15 @@ def read_cgroup_memory(proc_self: Path = PROC_SELF) -> PressureReading | None:
         if (reading := _read_group(group, mount.version)) is not None
     ]
     return min(readings, key=lambda one: one.total_bytes - one.used_bytes, default=None)
+
+
+def pressure_file(proc_self: Path = PROC_SELF) -> Path | None:
+    """Where the stalls of the process's own group are told; None where they are not."""
+    for membership, mount in _hierarchies(proc_self):
+        if membership.version is _V2:
+            path = next(_groups(membership, mount)) / "memory.pressure"
+            return path if path.is_file() else None
+    return None
 
 
 def _hierarchies(proc_self: Path) -> Iterator[tuple[_Membership, _Mount]]:
@@ -119,20 +141,31 @@ def _groups(membership: _Membership, mount: _Mount) -> Iterator[Path]:
 
 def _read_group(group: Path, version: _Version) -> PressureReading | None:
     try:
-        limit = (group / version.limit).read_text().strip()
-        if limit == "max" or int(limit) >= _UNLIMITED_BYTES:
-            return None
+        limit = min(limit for name in version.limits if (limit := _limit(group / name)) is not None)
         used = int((group / version.usage).read_text())
         reclaimable = _reclaimable(group, version)
     except (OSError, ValueError):
-        # No memory controller here, or the group went away between two reads.
+        # No limit or no memory controller here, or the group went away between two reads.
         return None
-    return PressureReading("cgroup", max(0, used - reclaimable), int(limit))
+    return PressureReading("cgroup", max(0, used - reclaimable), limit)
+
+
+def _limit(file: Path) -> int | None:
+    try:
+        text = file.read_text().strip()
+    except FileNotFoundError:
+        return None
+    if text == "max" or int(text) >= _UNLIMITED_BYTES:
+        return None
+    return int(text)
 
 
 def _reclaimable(group: Path, version: _Version) -> int:
+    """Page cache that no process has mapped."""
+    counts: dict[str, int] = {}
     for line in (group / "memory.stat").read_text().splitlines():
         name, _, value = line.partition(" ")
-        if name == version.reclaimable:
-            return int(value)
-    return 0
+        if name in version.file_pages or name == version.mapped:
+            counts[name] = int(value)
+    cached = sum(counts.get(name, 0) for name in version.file_pages)
+    return max(0, cached - counts.get(version.mapped, 0))

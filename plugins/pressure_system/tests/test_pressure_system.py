@@ -42,18 +42,27 @@ class Machine:
         return read_cgroup_memory(self.proc)
 
 
-def v2(group: Path, limit: int | str, current: int, inactive: int = 0) -> None:
+def v2(
+    group: Path, limit: int | str, current: int, inactive: int = 0, active: int = 0, mapped: int = 0
+) -> None:
     group.mkdir(parents=True, exist_ok=True)
     (group / "memory.max").write_text(f"{limit}\n")
     (group / "memory.current").write_text(f"{current}\n")
-    (group / "memory.stat").write_text(f"anon 5\ninactive_file {inactive}\nactive_file 7\n")
+    (group / "memory.stat").write_text(
+        f"anon 5\ninactive_file {inactive}\nactive_file {active}\nfile_mapped {mapped}\n"
+    )
 
 
-def v1(group: Path, limit: int, usage: int, inactive: int = 0) -> None:
+def v1(
+    group: Path, limit: int, usage: int, inactive: int = 0, active: int = 0, mapped: int = 0
+) -> None:
     group.mkdir(parents=True, exist_ok=True)
     (group / "memory.limit_in_bytes").write_text(f"{limit}\n")
     (group / "memory.usage_in_bytes").write_text(f"{usage}\n")
-    (group / "memory.stat").write_text(f"inactive_file 1\ntotal_inactive_file {inactive}\n")
+    (group / "memory.stat").write_text(
+        f"inactive_file 1\nactive_file 2\ntotal_inactive_file {inactive}\n"
+        f"total_active_file {active}\ntotal_mapped_file {mapped}\n"
+    )
 
 
 @pytest.fixture
@@ -70,7 +79,7 @@ def test_this_machine() -> None:
     assert host.resource == "host"
     assert host.total_bytes == psutil.virtual_memory().total
     assert 0.0 < host.usage < 1.0
-    assert [reading.resource for reading in rest] in ([], ["cgroup"])
+    assert {reading.resource for reading in rest} <= {"cgroup", "address_space"}
 
 
 def test_page_cache_is_no_pressure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -100,6 +109,29 @@ def test_v2_own_group(machine: Machine) -> None:
     v2(root / "app", 100 * MIB, 70 * MIB, 20 * MIB)
     machine.member("0::/app")
     assert machine.read() == PressureReading("cgroup", 50 * MIB, 100 * MIB)
+
+
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_page_cache_of_a_group_is_no_pressure(machine: Machine, version: str) -> None:
+    """File pages can be reclaimed, however often they were used, but for those that are mapped."""
+    if version == "v2":
+        v2(machine.mount("cgroup2", "cgroup"), 100, 90, inactive=20, active=30, mapped=10)
+        machine.member("0::/")
+    else:
+        v1(machine.mount("cgroup", "memory", options="rw,memory"), 100, 90, 20, 30, 10)
+        machine.member("4:memory:/")
+    assert machine.read() == PressureReading("cgroup", 90 - (20 + 30 - 10), 100)
+
+
+@pytest.mark.parametrize(("high", "limit"), [("60", 60), ("max", 100), ("200", 100), (None, 100)])
+def test_v2_throttling_is_a_limit(machine: Machine, high: str | None, limit: int) -> None:
+    """A group is held up at memory.high before it comes to memory.max: the lower one counts."""
+    root = machine.mount("cgroup2", "cgroup")
+    v2(root, 100, 40)
+    if high is not None:
+        (root / "memory.high").write_text(f"{high}\n")
+    machine.member("0::/")
+    assert machine.read() == PressureReading("cgroup", 40, limit)
 
 
 def test_v2_limit_of_an_ancestor(machine: Machine) -> None:
@@ -205,6 +237,31 @@ def test_strange_membership(machine: Machine, text: str) -> None:
     assert machine.read() is None
 
 
+def test_the_tighter_one_counts(machine: Machine) -> None:
+    """Under a limit there is a reading of it beside the host's, for the monitor to compare."""
+    v2(machine.mount("cgroup2", "cgroup"), 100, 99)
+    machine.member("0::/")
+    source = SystemPressure(proc_self=machine.proc)
+    readings = {reading.resource: reading for reading in source.sample()}
+    assert readings["cgroup"].usage == 0.99
+    assert readings["host"].usage < 0.99
+
+
+def test_limit_of_the_address_space() -> None:
+    """Under ``ulimit -v`` the process's mapped memory is read against it, and otherwise not."""
+    code = """
+import resource
+from erllama_pressure_system.address_space import read_address_space
+unlimited = resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY
+assert (read_address_space() is None) == unlimited
+resource.setrlimit(resource.RLIMIT_AS, (8 << 30, resource.RLIM_INFINITY if unlimited else 8 << 30))
+reading = read_address_space()
+assert (reading.resource, reading.total_bytes) == ("address_space", 8 << 30)
+assert 1 << 20 < reading.used_bytes < 8 << 30
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_no_proc(tmp_path: Path) -> None:
     """A machine without /proc has no cgroup reading."""
     assert read_cgroup_memory(tmp_path / "missing") is None
@@ -212,7 +269,7 @@ def test_no_proc(tmp_path: Path) -> None:
 
 def test_provider() -> None:
     """The hook returns a provider whose probe passes and whose factory makes a source."""
-    (provider,) = plugin.erllama_pressure_sources()
+    provider, _ = plugin.erllama_pressure_sources()
     assert isinstance(provider, PressureProvider)
     assert provider.name == "system"
     assert provider.probe() == Available()

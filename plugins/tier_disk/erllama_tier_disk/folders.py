@@ -42,6 +42,27 @@ def open_root(root: Path, *, read_only: bool) -> None:
             raise tier_error("use the root", root, error) from error
 
 
+def why_unusable(root: Path, *, read_only: bool) -> str | None:
+    """Why :func:`open_root` would fail, as far as looking tells; None when it would not."""
+    try:
+        root = absolute_root(root)
+    except TierError as error:
+        return str(error)
+    if read_only:
+        if root.is_dir() and os.access(root, os.R_OK | os.X_OK):
+            return None
+        return f"{root} is not a folder that this user can read, and read_only creates none"
+    there = root
+    while not os.path.lexists(there):
+        there = there.parent
+    if not there.is_dir():
+        return f"{there} is not a folder"
+    if not os.access(there, os.W_OK | os.X_OK):
+        what = "cannot be written to" if there == root else "does not let it be created"
+        return f"{there} {what} by this user"
+    return None
+
+
 def make_private(folder: Path) -> bool:
     """Make a folder of mode 0700; False, and nothing done, if it is there. Raises OSError."""
     try:

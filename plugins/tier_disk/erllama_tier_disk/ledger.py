@@ -42,6 +42,10 @@ class Ledger:
     def quota_bytes(self) -> int | None:
         return self._quota
 
+    def set_quota(self, quota_bytes: int | None) -> None:
+        """From the next promise on, another quota holds."""
+        self._quota = quota_bytes
+
     def first_bytes(self) -> set[int]:
         """First bytes of the keys of all that has a size."""
         return {first for first, sizes in enumerate(self._sizes) if sizes}

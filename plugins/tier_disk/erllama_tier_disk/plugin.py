@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from erllama_core.hookspecs import hookimpl
 from erllama_core.interfaces.tier import Tier
@@ -39,6 +40,27 @@ def open_ram_file(options: RamFileOptions) -> Tier:
     )
 
 
+def check_disk(options: DiskOptions) -> Iterator[tuple[str, str]]:
+    """Why the root cannot be used."""
+    return _check_root(options.root, read_only=options.read_only)
+
+
+def check_ram_file(options: RamFileOptions) -> Iterator[tuple[str, str]]:
+    """Why the root cannot be used."""
+    from erllama_tier_disk.shm import SHARED_MEMORY
+
+    root = SHARED_MEMORY if options.root is None else options.root
+    return _check_root(root, read_only=options.read_only)
+
+
+def _check_root(root: Path, *, read_only: bool) -> Iterator[tuple[str, str]]:
+    from erllama_tier_disk.folders import why_unusable
+
+    reason = why_unusable(root, read_only=read_only)
+    if reason is not None:
+        yield "root", reason
+
+
 @hookimpl
 def erllama_tiers() -> Sequence[TierProvider]:
     """``disk`` and ``ram_file``."""
@@ -48,11 +70,13 @@ def erllama_tiers() -> Sequence[TierProvider]:
             summary="Files below a folder; shared between processes, kept across restarts.",
             factory=open_disk,
             config=DiskOptions,
+            check=check_disk,
         ),
         TierProvider(
             name="ram_file",
             summary="Files on a tmpfs; shared between processes, lost at reboot.",
             factory=open_ram_file,
             config=RamFileOptions,
+            check=check_ram_file,
         ),
     )

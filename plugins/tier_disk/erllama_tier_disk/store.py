@@ -195,6 +195,11 @@ class FileTier:
         """
         return TierUsage(self._ledger.used_bytes, self._ledger.quota_bytes)
 
+    def set_quota(self, quota_bytes: int | None) -> None:
+        """Promise no more than this from now on."""
+        with self._ledger.lock:
+            self._ledger.set_quota(quota_bytes)
+
     def location(self, object_id: ObjectId) -> str:
         """The object's path."""
         return str(object_path(self._root, object_id))

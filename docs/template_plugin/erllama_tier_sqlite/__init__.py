@@ -1,0 +1,1 @@
+"""A cache tier in an SQLite database: ``sqlite``."""

@@ -1,0 +1,43 @@
+"""The file tiers keep what every tier promises."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from erllama_core.conformance import TierConformance, TierSubject
+from erllama_core.interfaces.block import ObjectId
+from erllama_tier_disk.store import FileTier
+
+
+class Files:
+    """The store, as a file manager sees it."""
+
+    def __init__(self, root: Path) -> None:
+        self._places = FileTier(root)
+
+    def _path(self, object_id: ObjectId) -> Path:
+        return Path(self._places.location(object_id))
+
+    def read(self, object_id: ObjectId) -> bytes | None:
+        path = self._path(object_id)
+        return path.read_bytes() if path.exists() else None
+
+    def write(self, object_id: ObjectId, data: bytes) -> None:
+        path = self._path(object_id)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+
+    def remove(self, object_id: ObjectId) -> None:
+        self._path(object_id).unlink()
+
+
+class TestDiskTier(TierConformance):
+    @pytest.fixture
+    def subject(self, tmp_path: Path) -> TierSubject:
+        return TierSubject(
+            lambda quota: FileTier(tmp_path, quota_bytes=quota),
+            survives_close=True,
+            raw=Files(tmp_path),
+        )

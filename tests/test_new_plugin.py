@@ -1,0 +1,69 @@
+"""``erllama new-plugin`` writes plugins that pass."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from erllama_core.cli.app import app
+from erllama_core.cli.new_plugin import KINDS
+
+
+def run(*command: str | Path, cwd: Path, **environment: str) -> str:
+    """What a command printed; it must succeed."""
+    done = subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_skeleton_passes_as_written(kind: str, tmp_path: Path) -> None:
+    """Each kind's skeleton, uninstalled, passes its own tests, and has nothing left to replace."""
+    folder = tmp_path / "plugin"
+    command = ["new-plugin", kind, "My-Thing", "--directory", str(folder)]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    package = folder / f"erllama_{kind}_my_thing"
+    assert (package / "py.typed").exists()
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*")]
+    text = "".join(path.read_text("utf-8") for path in folder.rglob("*.*") if path.is_file())
+    assert "acme" not in (text + "".join(names)).lower()
+    printed = run(
+        *(sys.executable, "-m", "pytest", "-q", "-W", "error", "tests"),
+        cwd=folder,
+        PYTHONPATH=str(folder),
+    )
+    assert " passed" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["tier", "2fast"], "begins with a letter"),
+        (["tier", "../up"], "letters, digits and underscores"),
+        (["cache", "mine"], "'cache' is not one of"),
+        (["tier", "mine", "--directory", "."], "is not empty"),
+    ],
+)
+def test_what_cannot_be_written(
+    arguments: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name that is none, an unknown kind, and a folder with something in it are refused."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "something").write_text("here")
+    result = CliRunner().invoke(app, ["new-plugin", *arguments])
+    assert result.exit_code != 0
+    assert words in result.output
+    assert [path.name for path in tmp_path.iterdir()] == ["something"]

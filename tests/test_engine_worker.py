@@ -52,8 +52,13 @@ def load(engine: Engine, **options: Any) -> tuple[Model, Hand]:
 
 
 def ends(stream: Stream) -> list[Any]:
-    """Whatever ended a stream that is not read yet; there must be one such thing."""
-    return [item for item in stream._events._items if isinstance(item, Done | Exception)]
+    """Whatever ended a stream that nobody reads at the moment; there must be one such thing."""
+    found: list[Any] = []
+    items = stream._events._items
+    for _ in range(items.qsize()):  # once around, which leaves them as they were
+        items.put(item := items.get_nowait())
+        found.append(item)
+    return [item for item in found if isinstance(item, Done | Exception)]
 
 
 def told(stream: Stream) -> Completion:
@@ -556,7 +561,7 @@ def test_those_that_gave_way_come_back_in_their_order() -> None:
             Prompt([1]),
             RequestOptions(),
             context_size=9,
-            sampler=nothing,
+            new_sampler=lambda _: nothing,
             pipeline=nothing,
         )
         made.order = order
@@ -613,7 +618,7 @@ def test_a_share_that_raises_is_computed_instead(
     with capture_logs() as logs:
         _break_once(hand.context, "share")
         hand.turns()
-    assert [entry["event"] for entry in logs] == ["share.refused"]
+    assert [entry["event"] for entry in logs].count("share.refused") == 1
     for number, stream in enumerate(streams):
         assert stream.result().generated == alone(kv_class, f"{LONG}{number}", 4)
     hand.checks()

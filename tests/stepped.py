@@ -40,6 +40,9 @@ def by_hand() -> Iterator[None]:
         runner.stop()
         heir = worker._serve(runner)
         worker._free(runner, heir)
+        worker._closed.set()
+        if worker._watchdog is not None:
+            worker._watchdog.join()
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Worker, "_launch", launch)
@@ -105,6 +108,8 @@ class Hand:
     def turn(self) -> bool:
         """One turn, if there is anything to do; whether there was."""
         runner = self.runner
+        if self.worker._finished.is_set():
+            return False
         if not self.reads_held:
             self._await_reads()
         if not runner.has_work and runner._patience() != 0.0:
@@ -119,6 +124,7 @@ class Hand:
             if heir is not None:
                 assert self.worker._open(heir)
         self._instrument()
+        self.checks()
         return True
 
     def turns(self, most: int = 10_000) -> int:
@@ -128,6 +134,12 @@ class Hand:
             taken += 1
             assert taken < most, "the worker goes on and on"
         return taken
+
+    def turns_of(self, count: int) -> None:
+        """That many turns, as far as there is something to do."""
+        for _ in range(count):
+            if not self.turn():
+                return
 
     def until(self, reached: Callable[[], bool], most: int = 10_000) -> None:
         """Turns until something is so."""
@@ -169,6 +181,8 @@ class Hand:
     def checks(self) -> None:
         """Between two turns the books are right, whatever happened."""
         runner = self.runner
+        if self.worker._finished.is_set():
+            return  # the context is freed
         pool, roster, context = runner.pool, runner.roster, self.context
         held = [sequence.cells for sequence in context._sequences]
         for live in pool.all:
@@ -192,6 +206,7 @@ class Hand:
             roster.waiting
         )
         for request in roster.active:
+            assert request.live in pool.all
             assert request.phase.name not in {"QUEUED", "ENDED"}
             assert request.live is not None
             assert request.live.request is request

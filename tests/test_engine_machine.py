@@ -26,10 +26,7 @@ from hypothesis.stateful import (
 from structlog.testing import capture_logs
 
 from erllama_backend_stub import plugin
-from erllama_backend_stub.context import StubContext
 from erllama_backend_stub.model import StubModel
-from erllama_backend_stub.options import StubOptions
-from erllama_backend_stub.sampler import StubSampler
 from erllama_backend_stub.vocabulary import VOCABULARY, StubVocabulary
 from erllama_core import Done, Engine, Model, Stream, TextDelta, load_config
 from erllama_core.cache.keys import salted
@@ -51,10 +48,8 @@ from erllama_core.errors import (
 from erllama_core.hookspecs import hookimpl
 from erllama_core.host import PluginHost
 from erllama_core.interfaces.backend import (
-    ContextOptions,
     KVClass,
     RangeExport,
-    Row,
     SamplingParams,
 )
 from erllama_core.interfaces.block import ObjectKind
@@ -66,6 +61,7 @@ from erllama_core.providers import TierProvider
 from erllama_core.results import Stats
 from held_tier import HeldTier
 from stepped import Hand, by_hand
+from stub_alone import computed, sampled
 from stub_engine import KV_CLASSES
 
 N_CTX = 72
@@ -104,34 +100,6 @@ def host() -> PluginHost:
 
 
 # ------------------------------------------------------------------- what is right
-
-
-@functools.cache
-def stub(kv_class: str) -> StubModel:
-    options = StubOptions(kv_class=kv_class, eog_rate=EOG_RATE, digraphs=True)  # type: ignore[arg-type]
-    return StubModel(options, ContextOptions(n_ctx=4 * N_CTX, n_seq_max=1), None)
-
-
-def computed(kv_class: str, tokens: bytes) -> StubContext:
-    """A context of its own that has computed these tokens, all at once."""
-    context = stub(kv_class).open_context()
-    context.step([Row(0, 0, tokens, True)])
-    return context
-
-
-@functools.lru_cache(maxsize=4096)
-def reply(kv_class: str, prompt: bytes, params: SamplingParams, most: int) -> tuple[int, ...]:
-    """What a model says alone: up to ``most`` tokens, the end of generation included."""
-    context = computed(kv_class, prompt)
-    sampler = StubSampler(params, prompt)
-    said: list[int] = []
-    while len(said) < most:
-        said.append(context.sample(0, sampler))
-        if said[-1] in VOCABULARY.end_of_generation:
-            break
-        length = len(prompt) // 4 + len(said)
-        context.step([Row(0, length - 1, pack(said[-1:]), True)])
-    return tuple(said)
 
 
 @attrs.frozen
@@ -724,7 +692,7 @@ class Callers(RuleBasedStateMachine):
         options = ask.request.options
         room = N_CTX - len(prompt)
         most = min(options.response_tokens or room, room)
-        said = reply(self.kv_class, pack(prompt), options.sampling(), most)
+        said = sampled(self.kv_class, pack(prompt), most, options.sampling(), EOG_RATE)
         expected: list[int] = []
         reason = "length"
         for token in said:
@@ -850,7 +818,7 @@ class Callers(RuleBasedStateMachine):
                 pages.release()
 
     def check_object(self, entry: Any, context: bytes, payload: bytes) -> None:
-        alone = computed(self.kv_class, context)
+        alone = computed(self.kv_class, context, EOG_RATE)
         if entry.object_id.kind is ObjectKind.LOGITS:
             mark = alone.mark(0, 1024 if alone.kv_class is KVClass.SPAN else None)
             assert decode_mark(payload) == mark, unpack(context)
@@ -894,7 +862,7 @@ def run_machine(kv_class: str, *, unified: bool, examples: int, steps: int) -> N
 @MACHINES
 def test_callers_in_any_order(kv_class: str, unified: bool) -> None:
     """Each is answered once, with what it is told alone; the books are right after every turn."""
-    run_machine(kv_class, unified=unified, examples=6, steps=40)
+    run_machine(kv_class, unified=unified, examples=10, steps=50)
 
 
 @pytest.mark.fuzz

@@ -78,3 +78,28 @@ def test_prompts_take_turns() -> None:
         order += [one.seq for one in batch]
         batch[0].computed += len(rows[0].tokens) // 4
     assert sorted(order[:3]) == sorted(order[3:]) == [0, 1, 2]
+
+
+def test_nobody_is_passed_over_while_others_come_and_go() -> None:
+    """However the number of prompts changes from step to step, each gets its part."""
+    lasting = [request(n, 1000, 0, generating=False) for n in range(2)]
+    composer = TickComposer(10, 10)
+    for step in range(30):
+        passing = [request(2, 1000, 0, generating=False)] if step % 2 else []
+        batch, rows = composer.compose([*lasting, *passing])
+        for one, row in zip(batch, rows, strict=True):
+            one.computed += len(row.tokens) // 4
+    assert min(one.computed for one in lasting) >= 70
+
+
+def test_more_replies_than_a_batch_holds_take_turns() -> None:
+    """Where a batch is smaller than the number of replies, none of them stands still."""
+    active = [request(n, 5, 0, generating=True) for n in range(5)]
+    composer = TickComposer(2, None)
+    parts = [0] * 5
+    for _ in range(10):
+        batch, _ = composer.compose(active)
+        for one in batch:
+            parts[one.id] += 1
+    assert sum(parts) == 20
+    assert min(parts) >= 3

@@ -17,54 +17,70 @@ from serving_engine import ErllamaServer
 from serving_load import Ask, Prompts
 from serving_sizes import Sizes
 
+from erllama_backend_llama import logits
+
 TARGET_MS = 0.3
 
 
 def measure(sizes: Sizes, path: Path) -> list[Figure]:
-    """All that lies between the end of one ``llama_decode`` and the start of the next.
+    """What lies between the end of one ``llama_decode`` and the start of the next.
 
-    Code of the backend counts, and so does waiting for the interpreter's lock. Greedy draws
-    are no native calls of ours; those of a bare loop are shown beside it.
+    Code of the backend counts, and so does waiting for the interpreter's lock. Not counted is
+    the one native pass over the logits, numpy's, that checks them and draws for all greedy
+    streams; it is shown beside the draws of a bare loop.
     """
     streams = max(sizes.streams)
     n_ctx = sizes.context_tokens + sizes.tail_tokens + sizes.tick_steps + 8
     shape: Any = {"unified": True, "n_ctx": n_ctx, "n_seq": streams}
-    read: list[list[float]] = []
-    unread: list[list[float]] = []
+    read: list[_Ticks] = []
+    unread: list[_Ticks] = []
     bare: list[float] = []
     with ErllamaServer(path, **shape) as server, BareLoop(path, **shape) as loop:
         asks = _asks(sizes, server.prompts, streams)
         server.ask(asks)
         state = loop.compute(asks[0].tokens)
         for _ in range(sizes.tick_runs):
-            with _gaps(streams) as gaps:
+            with _watched(streams) as ticks:
                 server.ask(asks)
-            read.append(gaps)
-            with _gaps(streams) as gaps:
+            read.append(ticks)
+            with _watched(streams) as ticks:
                 _unread(server, asks)
-            unread.append(gaps)
+            unread.append(ticks)
             loop.fill(state, [ask.tokens for ask in asks], shared_tokens=sizes.context_tokens)
             done = loop.decode(sizes.tick_steps)
             bare.append(1000 * done.sampling_s / done.steps)
     return [
         Figure.of_runs(
             f"Python's share of a tick, {streams} streams",
-            [statistics.median(gaps) for gaps in read],
+            [statistics.median(ticks.python_ms) for ticks in read],
             unit="ms",
             target=TARGET_MS,
         ),
         Figure.of_runs(
             "    mean of all ticks, saves included",
-            [statistics.fmean(gaps) for gaps in read],
+            [statistics.fmean(ticks.python_ms) for ticks in read],
             unit="ms",
         ),
         Figure.of_runs(
             "    while nobody reads the streams",
-            [statistics.median(gaps) for gaps in unread],
+            [statistics.median(ticks.python_ms) for ticks in unread],
             unit="ms",
         ),
-        Figure.of_runs("    native greedy sampling, in the bare loop", bare, unit="ms"),
+        Figure.of_runs(
+            "    pass over the logits, not counted above",
+            [statistics.median(ticks.pass_ms) for ticks in read],
+            unit="ms",
+        ),
+        Figure.of_runs("    native greedy draws of the bare loop", bare, unit="ms"),
     ]
+
+
+class _Ticks:
+    """Milliseconds of each tick: Python's, and those of the pass over the logits."""
+
+    def __init__(self) -> None:
+        self.python_ms: list[float] = []
+        self.pass_ms: list[float] = []
 
 
 def _asks(sizes: Sizes, prompts: Prompts, streams: int) -> list[Ask]:
@@ -85,26 +101,38 @@ def _unread(server: ErllamaServer, asks: list[Ask]) -> None:
 
 
 @contextmanager
-def _gaps(streams: int) -> Iterator[list[float]]:
-    """Milliseconds between steps of ``streams`` tokens; filled in at the end."""
-    native: Callable[..., Any] = llama_cpp.llama_decode
+def _watched(streams: int) -> Iterator[_Ticks]:
+    """Watch steps of ``streams`` tokens; the result is filled in at the end."""
+    decode: Callable[..., Any] = llama_cpp.llama_decode
+    largest = logits.largest
     calls: list[tuple[int, float, float]] = []
+    passes: list[tuple[float, float]] = []
     clock = time.perf_counter
 
-    def decode(context: Any, batch: Any) -> Any:
+    def timed_decode(context: Any, batch: Any) -> Any:
         began = clock()
-        status = native(context, batch)
+        status = decode(context, batch)
         calls.append((batch.n_tokens, began, clock()))
         return status
 
-    gaps: list[float] = []
-    setattr(llama_cpp, "llama_decode", decode)  # noqa: B010 - mypy knows it as a function
+    def timed_largest(rows: logits.Logits) -> list[int]:
+        began = clock()
+        found = largest(rows)
+        passes.append((began, clock()))
+        return found
+
+    ticks = _Ticks()
+    setattr(llama_cpp, "llama_decode", timed_decode)  # noqa: B010 - mypy knows it as a function
+    setattr(logits, "largest", timed_largest)  # noqa: B010 - as above
     try:
-        yield gaps
+        yield ticks
     finally:
-        setattr(llama_cpp, "llama_decode", native)  # noqa: B010 - as above
-    gaps += [
-        1000 * (after[1] - before[2])
-        for before, after in itertools.pairwise(calls)
-        if before[0] == after[0] == streams
-    ]
+        setattr(llama_cpp, "llama_decode", decode)  # noqa: B010 - as above
+        setattr(logits, "largest", largest)  # noqa: B010 - as above
+    # Each decode is followed by its pass.
+    for (before, (began, ended)), (after, _) in itertools.pairwise(
+        zip(calls, passes, strict=False)
+    ):
+        if before[0] == after[0] == streams:
+            ticks.python_ms.append(1000 * (after[1] - before[2] - (ended - began)))
+            ticks.pass_ms.append(1000 * (ended - began))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from array import array
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -13,6 +14,9 @@ from erllama_core.errors import InvalidPrompt
 from erllama_core.interfaces.backend import Row
 
 _TOKEN: Final = np.dtype("<u4")
+
+_FEW_BYTES: Final = 256
+"""Of a few tokens Python finds the largest sooner than numpy does."""
 
 Output = tuple[int, int]
 """A row's last token: its index in the batch, and how many rows lie before it there."""
@@ -32,6 +36,11 @@ class Batch:
         self._sequence_counts = np.ones(n_batch, dtype=np.int32)
         self._sequences = np.zeros(n_batch, dtype=np.uintp)
         self._wanted = np.zeros(n_batch, dtype=np.int8)
+        # For a few values numpy takes longer than the memory's own views.
+        self._token_bytes = memoryview(self._tokens).cast("B")
+        self._position_view = memoryview(self._positions)
+        self._sequence_view = memoryview(self._sequences)
+        self._wanted_bytes = memoryview(self._wanted).cast("B")
         self._counting = np.arange(n_batch, dtype=np.int32)
         # Every token points at its sequence's entry of this one array.
         self._sequence_ids = np.arange(n_seq, dtype=np.int32)
@@ -57,34 +66,37 @@ class Batch:
         # Separate cells: llama.cpp computes sequences together only where their numbers ascend.
         order = sorted(range(len(rows)), key=lambda number: rows[number].seq)
         ordered = [rows[number] for number in order]
-        tokens = np.frombuffer(b"".join([row.tokens for row in ordered]), dtype=_TOKEN)
-        n_tokens = tokens.size
+        packed = b"".join([row.tokens for row in ordered])
+        n_tokens = len(packed) // _TOKEN.itemsize
         if n_tokens > self._n_batch:
             raise ValueError(
                 f"a step of more than {self._n_batch} tokens; split it, or load the model "
                 f"with a larger context_opts.n_batch"
             )
-        largest = int(tokens.max())
+        largest = _largest(packed)
         if largest >= self._n_vocab:
             raise InvalidPrompt(
                 f"token {largest} is outside the vocabulary of {self._n_vocab} tokens"
             )
-        self._tokens[:n_tokens] = tokens
-        if n_tokens == len(rows):  # replies alone, and they are waited for
-            self._positions[:n_tokens] = [row.start for row in ordered]
-            self._sequences[:n_tokens] = [self._pointers[row.seq] for row in ordered]
-            ends: Sequence[int] = range(n_tokens)
-        else:
-            ends = self._place(ordered)
-        self._wanted[:n_tokens] = 0
-        self._wanted[ends] = 1
+        self._token_bytes[: len(packed)] = packed
+        ends = self._place_single(ordered) if n_tokens == len(rows) else self._place(ordered)
         self.native.n_tokens = n_tokens
         outputs = [(0, 0)] * len(rows)
         for place, number in enumerate(order):
             outputs[number] = ends[place], place
         return outputs
 
-    def _place(self, rows: Sequence[Row]) -> list[int]:
+    def _place_single(self, rows: Sequence[Row]) -> Sequence[int]:
+        """As :meth:`_place`, for rows of one token: replies, whose callers wait for each step."""
+        n = len(rows)
+        self._position_view[:n] = array(self._position_view.format, [row.start for row in rows])
+        self._sequence_view[:n] = array(
+            self._sequence_view.format, [self._pointers[row.seq] for row in rows]
+        )
+        self._wanted_bytes[:n] = b"\1" * n
+        return range(n)
+
+    def _place(self, rows: Sequence[Row]) -> Sequence[int]:
         """Positions and sequences of rows of any length; the index of each one's last token."""
         ends = []
         offset = 0
@@ -95,6 +107,8 @@ class Batch:
             self._sequences[offset:end] = self._pointers[row.seq]
             ends.append(end - 1)
             offset = end
+        self._wanted[:offset] = 0
+        self._wanted[ends] = 1
         return ends
 
     def want_all(self) -> None:
@@ -102,5 +116,11 @@ class Batch:
         self._wanted[: self.native.n_tokens] = 1
 
 
-def _pointer(array: np.ndarray[Any, Any], element: Any) -> Any:
-    return ctypes.cast(array.ctypes.data, ctypes.POINTER(element))
+def _largest(packed: bytes) -> int:
+    if len(packed) < _FEW_BYTES:
+        return max(memoryview(packed).cast("I"))
+    return int(np.frombuffer(packed, dtype=_TOKEN).max())
+
+
+def _pointer(values: np.ndarray[Any, Any], element: Any) -> Any:
+    return ctypes.cast(values.ctypes.data, ctypes.POINTER(element))

@@ -113,6 +113,7 @@ class LlamaContext:
             self._n_seq_max = n_seq_max
             self._lengths = [0] * n_seq_max
             self._outputs: list[Output | None] = []
+            self._step_logits = logits.StepLogits(n_vocab)
             self._logits: logits.Logits | None = None
             """Of the last step, a row for each of its rows, in the order of its batch."""
             self._largest: list[int] = []
@@ -251,7 +252,7 @@ class LlamaContext:
             for row in rows:
                 self._take_back(row)
             raise DecodeFailed("llama.cpp kept no logits for rows that asked for them", code=0)
-        self._logits = logits.view(pointer, len(rows), self._n_vocab)
+        self._logits = self._step_logits.rows(pointer, len(rows))
         self._largest = logits.largest(self._logits)
         if min(self._largest) >= 0:
             return

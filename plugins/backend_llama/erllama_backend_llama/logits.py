@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -14,12 +14,29 @@ from erllama_core.interfaces.backend import Mark
 Logits = npt.NDArray[np.float32]
 
 
-def view(pointer: Any, n_rows: int, n_vocab: int) -> Logits:
-    """llama.cpp's own logits, a row of ``n_vocab`` for each output; valid until the next decode."""
-    address = ctypes.addressof(pointer.contents)
-    flat = np.ctypeslib.as_array((ctypes.c_float * (n_rows * n_vocab)).from_address(address))
-    rows: Logits = flat.reshape(n_rows, n_vocab)
-    return rows
+class StepLogits:
+    """llama.cpp's own logits of the last step, not a copy; valid until the next one.
+
+    Views are kept, as making one takes numpy longer than all else that a step does with it.
+    """
+
+    def __init__(self, n_vocab: int) -> None:
+        self._n_vocab: Final = n_vocab
+        self._address = 0
+        self._views: dict[int, Logits] = {}
+
+    def rows(self, pointer: Any, n_rows: int) -> Logits:
+        """A row of the vocabulary's size for each output; ``pointer`` is not NULL."""
+        address = ctypes.addressof(pointer.contents)
+        if address != self._address:
+            self._address = address
+            self._views.clear()
+        view = self._views.get(n_rows)
+        if view is None:
+            size = n_rows * self._n_vocab
+            flat = np.ctypeslib.as_array((ctypes.c_float * size).from_address(address))
+            view = self._views[n_rows] = flat.reshape(n_rows, self._n_vocab)
+        return view
 
 
 def largest(rows: Logits) -> list[int]:

@@ -53,11 +53,6 @@ from erllama_core.interfaces.backend import (
     TellsLogits,
 )
 
-_ABILITIES: Final[dict[type, tuple[str, ...]]] = {
-    Embeds: ("embed",),
-    Constrains: ("new_constrained_sampler",),
-}
-
 REFUSED: Final = (ErllamaError, ValueError)
 """What a call that makes no sense may raise."""
 

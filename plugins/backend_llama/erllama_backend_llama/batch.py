@@ -37,10 +37,10 @@ class Batch:
         self._sequences = np.zeros(n_batch, dtype=np.uintp)
         self._wanted = np.zeros(n_batch, dtype=np.int8)
         # For a few values numpy takes longer than the memory's own views.
-        self._token_bytes = memoryview(self._tokens).cast("B")
-        self._position_view = memoryview(self._positions)
-        self._sequence_view = memoryview(self._sequences)
-        self._wanted_bytes = memoryview(self._wanted).cast("B")
+        self._token_bytes = self._tokens.data.cast("B")
+        self._position_view = self._positions.data
+        self._sequence_view = self._sequences.data
+        self._wanted_bytes = self._wanted.data.cast("B")
         self._counting = np.arange(n_batch, dtype=np.int32)
         # Every token points at its sequence's entry of this one array.
         self._sequence_ids = np.arange(n_seq, dtype=np.int32)

@@ -11,8 +11,11 @@ with Engine() as engine:
     engine.flush()
     counters = engine.cache.counters()
     print("misses:", counters.misses, "saves:", counters.saves_cold + counters.saves_finish)
-    for row in engine.cache.dump():
-        print(f"{row.kind:7} [{row.start:4}, {row.end:4}) in {row.tier}: {row.status}")
+    rows = engine.cache.dump()
+    first = min((row for row in rows if row.kind == "kv"), key=lambda row: row.start)
+    print(f"{first.kind} [{first.start}, {first.end}) in {first.tier}: {first.status}")
+    print("tokens in blocks:", sum(row.end - row.start for row in rows if row.kind == "kv"))
+    print("marks:", sum(row.kind == "logits" for row in rows))
     freed = engine.cache.evict_bytes(1, ["ram", "ram_file"])
     print("evicted:", freed.rows)
     engine.cache.gc()

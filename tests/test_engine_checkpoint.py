@@ -166,6 +166,39 @@ def test_the_same_prompt_again_computes_nothing(
 
 
 @pytest.mark.parametrize(("arch", "context_opts"), CUT, ids=str)
+def test_a_prompt_that_ends_where_another_opened_its_reply_computes_nothing(
+    arch: Arch, context_opts: dict[str, Any], weights: dict[Arch, Path]
+) -> None:
+    """The logits are kept there too: the chat without what opens the reply is an exact hit."""
+    with make_engine() as engine:
+        model = load(engine, weights[arch], context_opts)
+        messages = [{"role": "system", "content": SYSTEM}, question(0)]
+        model.complete(model.apply_chat_template(messages), response_tokens=4)
+        shorter = model.apply_chat_template(messages, add_generation_prompt=False)
+        warm = model.complete(shorter, response_tokens=3)
+        assert (warm.cache_hit_kind, warm.cache_delta.read) == ("exact", len(shorter))
+        cold = model.complete(shorter, response_tokens=3, cache_salt="another")
+        assert cold.cache_hit_kind == "cold"
+        assert warm.generated == cold.generated
+
+
+@pytest.mark.parametrize(("arch", "context_opts"), CUT, ids=str)
+def test_a_prompt_that_is_what_others_have_in_common_computes_nothing(
+    arch: Arch, context_opts: dict[str, Any], weights: dict[Arch, Path]
+) -> None:
+    """Where two prompts part, the logits are kept beside the snapshot."""
+    common = [40 + 7 * at % 80 for at in range(300)]
+    with make_engine() as engine:
+        model = load(engine, weights[arch], context_opts)
+        model.complete([*common, *[50] * 40], response_tokens=4)
+        model.complete([*common, *[60] * 40], response_tokens=4)
+        warm = model.complete(common, response_tokens=3)
+        assert (warm.cache_hit_kind, warm.cache_delta.read) == ("exact", len(common))
+        cold = model.complete(common, response_tokens=3, cache_salt="another")
+        assert warm.generated == cold.generated
+
+
+@pytest.mark.parametrize(("arch", "context_opts"), CUT, ids=str)
 def test_snapshots_of_a_context_are_bounded(
     arch: Arch, context_opts: dict[str, Any], weights: dict[Arch, Path]
 ) -> None:

@@ -16,7 +16,7 @@ from erllama_core.cache.space import ModelSpace, NewBlock
 from erllama_core.interfaces.backend import Context, KVClass, RangeExport
 from erllama_core.interfaces.log import get_logger, told
 from erllama_core.model.request import Request
-from erllama_core.model.snapshots import interval_of, opening, positions
+from erllama_core.model.snapshots import Taken, interval_of, opening, positions
 
 log = get_logger("erllama.model")
 
@@ -82,6 +82,7 @@ class Saver:
     def plan(self, request: Request) -> None:
         """A request's sequence stands where computing begins: see where slices have to end."""
         plan: list[int] = []
+        wanted: list[int] = []
         prompt = request.prompt_tokens
         boundary = self._policy.cold_boundary(prompt, self._align)
         if self._takes_snapshots and boundary and self.saves(prompt):
@@ -89,28 +90,31 @@ class Saver:
             text = request.keys.text
             offered = [] if text is None else text.points()
             at = opening(prompt, request.opening_tokens, offered)
+            wanted = [request.saved, boundary, *([] if at is None else [at])]
             plan = positions(
                 start=request.computed,
                 limit=min(boundary, prompt - 1),  # the end has one in any case
                 interval=interval_of(self._policy, self._snapshot_bytes, self._context.n_ctx),
                 least=max(1, self._policy.min_tokens),
-                wanted=[request.saved, boundary, *([] if at is None else [at])],
+                wanted=wanted,
                 offered=offered,
             )
         request.snapshots.planned = frozenset(plan)
+        request.snapshots.marked = request.snapshots.planned.intersection(wanted)
         request.stops.update(plan)
 
     def let_go(self, request: Request) -> None:
         """A request has ended or lost its state: what it was to store later is not stored."""
-        for _, buffer in request.snapshots.all():
-            self._space.forgo(buffer)
+        for taken in request.snapshots.all():
+            if taken.pages is not None:
+                self._space.forgo(taken.pages)
 
     @property
     def _takes_snapshots(self) -> bool:
         return self._space.kv_class is not KVClass.SPAN
 
     def after_prefill(self, request: Request, row: int | None) -> None:
-        """A part of the prompt was computed; ``row``: where its last logits are, at its end."""
+        """A part of the prompt was computed; ``row``: where its last logits are, if it has any."""
         with self._unharmed(request):
             self._after_prefill(request, row)
 
@@ -120,7 +124,9 @@ class Saver:
         if not boundary or not self.saves(prompt):
             return
         if request.computed in request.snapshots.planned:
-            self._take_snapshot(request)
+            self._take_snapshot(request, row)
+        if request.computed < prompt:
+            row = None  # what is stored with the blocks from here on is that of the end
         reached = min(boundary, request.computed)
         if reached < boundary:
             reached -= reached % self._align
@@ -208,8 +214,11 @@ class Saver:
             self._space.submit_block(keys, block, pages, reason)
         request.saved = position
         ready = request.snapshots.until(position)
-        for at, pages in ready:
-            self._space.submit_snapshot(keys, at, pages, reason)
+        for taken in ready:
+            if taken.pages is not None:
+                self._space.submit_snapshot(keys, taken.position, taken.pages, reason)
+            if taken.mark is not None:
+                self._space.submit_mark(keys, taken.position, taken.mark, reason)
         if ready:
             self._thin(request)
 
@@ -262,15 +271,26 @@ class Saver:
         if row is not None and not space.has_mark(keys, position):
             space.submit_mark(keys, position, self._context.mark(row, space.mark_size), reason)
 
-    def _take_snapshot(self, request: Request) -> None:
-        """Take one where the sequence stands, and keep it until the blocks before it are stored."""
+    def _take_snapshot(self, request: Request, row: int | None) -> None:
+        """Take one where the sequence stands, and keep it until the blocks before it are stored;
+        with the logits that are in ``row``, where others may end.
+        """
         keys, position = request.keys, request.computed
         assert keys is not None
-        if self._space.has_snapshot(keys, position) or request.snapshots.has(position):
+        if request.snapshots.has(position):
             return
-        pages = self._snapshot(request)
-        if pages is not None:
-            request.snapshots.add(position, pages)
+        there = self._space.has_snapshot(keys, position)
+        pages = None if there else self._snapshot(request)
+        mark = None
+        if (
+            row is not None
+            and position in request.snapshots.marked
+            and (there or pages is not None)
+            and not self._space.has_mark(keys, position)
+        ):
+            mark = self._context.mark(row, self._space.mark_size)
+        if pages is not None or mark is not None:
+            request.snapshots.add(Taken(position, pages, mark))
 
     def _snapshot(self, request: Request) -> SaveBuffer | None:
         self._snapshot_bytes = self._context.snapshot_bytes(request.seq)

@@ -10,6 +10,10 @@ while it stood there. So a prompt is computed in slices that end where others ma
   thinned to about one in ``snapshot_interval`` tokens.
 
 Its end, and that of the reply, have a snapshot in any case.
+
+Where the reply is opened and where contexts part, a prompt may also end. There the logits are kept
+beside the snapshot, as at its end, so that such a prompt computes nothing. They are all logits, and
+ordering those of a large vocabulary takes some 20 ms: nobody ends where a distance is full.
 """
 
 from __future__ import annotations
@@ -18,8 +22,11 @@ import bisect
 from collections.abc import Iterable, Sequence
 from typing import Final
 
+import attrs
+
 from erllama_core.cache.flow import SaveBuffer
 from erllama_core.cache.policy import SavePolicy
+from erllama_core.interfaces.backend import Mark
 
 _CLOSE: Final = 4
 """Two positions are near to each other by less than this part of the interval."""
@@ -102,6 +109,15 @@ def opening(prompt_tokens: int, opening_tokens: int, offered: Sequence[int]) -> 
     return None
 
 
+@attrs.frozen
+class Taken:
+    """What was taken where a sequence stood: a snapshot, logits, or both."""
+
+    position: int
+    pages: SaveBuffer | None
+    mark: Mark | None
+
+
 class SnapshotQueue:
     """A request's snapshots that were taken, and wait until the blocks before them are stored.
 
@@ -112,26 +128,28 @@ class SnapshotQueue:
     def __init__(self) -> None:
         self.planned: frozenset[int] = frozenset()
         """Positions at which the request's snapshots are still to be taken, or were."""
-        self._taken: list[tuple[int, SaveBuffer]] = []
+        self.marked: frozenset[int] = frozenset()
+        """Those of them at which the logits are, too."""
+        self._taken: list[Taken] = []
 
     def __len__(self) -> int:
         return len(self._taken)
 
-    def add(self, position: int, buffer: SaveBuffer) -> None:
-        """One was taken; positions ascend."""
-        self._taken.append((position, buffer))
+    def add(self, taken: Taken) -> None:
+        """Positions ascend."""
+        self._taken.append(taken)
 
     def has(self, position: int) -> bool:
-        return any(at == position for at, _ in self._taken)
+        return any(item.position == position for item in self._taken)
 
-    def all(self) -> list[tuple[int, SaveBuffer]]:
+    def all(self) -> list[Taken]:
         """Take out all of them."""
         ready, self._taken = self._taken, []
         return ready
 
-    def until(self, position: int) -> list[tuple[int, SaveBuffer]]:
+    def until(self, position: int) -> list[Taken]:
         """Take out what stands at ``position`` or before it."""
-        ready = [item for item in self._taken if item[0] <= position]
+        ready = [item for item in self._taken if item.position <= position]
         self._taken = self._taken[len(ready) :]
         return ready
 

@@ -84,7 +84,8 @@ class Stepper:
         # Tokens go to the callers first; then what was computed is saved.
         guard = self._endings.guard
         for number, (request, row) in enumerate(zip(batch, rows, strict=True)):
-            if row.logits and request.phase is not Phase.CLOSING:
+            at_end = request.computed == request.length  # else they are kept beside a snapshot
+            if row.logits and at_end and request.phase is not Phase.CLOSING:
                 guard(request, functools.partial(self._sample, row=number))
         for number, (request, row) in enumerate(zip(batch, rows, strict=True)):
             if request.phase is not Phase.ENDED:

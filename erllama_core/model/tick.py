@@ -96,7 +96,8 @@ class TickComposer:
             stop = min(whole, request.computed + min(self._chunk_tokens, room))
             stop = min([stop, *(at for at in request.stops if at > request.computed)])
             if stop > request.computed:
-                room -= add(request, stop, logits=stop == whole)
+                logits = stop == whole or stop in request.snapshots.marked
+                room -= add(request, stop, logits=logits)
         return batch, rows
 
     def _beside_replies(self, pace: Pace) -> int:

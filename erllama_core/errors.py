@@ -30,7 +30,8 @@
     │   └── TranscriptMismatch (ValueError)  it holds other tokens than expected
     ├── EngineError
     │   ├── DecodeFailed                  the native decode failed
-    │   │   └── DecodeAborted             it was told to end early
+    │   │   ├── DecodeAborted             it was told to end early
+    │   │   └── NotNumbers                it computed NaN or infinity
     │   ├── DecodeTimeout                 a step took longer than it may
     │   ├── EngineReset                   the session was reset
     │   ├── StateRejected                 the native side refused a state
@@ -298,6 +299,22 @@ class DecodeFailed(EngineError):
 
 class DecodeAborted(DecodeFailed):
     """The native decode was told to end early, and did."""
+
+
+class NotNumbers(DecodeFailed):
+    """A step computed logits that are not numbers: weights or a restored state are damaged.
+
+    ``seqs``: the sequences of the step to which that happened, which are empty now.
+    ``reaches_others``: what is left of them makes every other sequence compute the same, until
+    all of the context's sequences were empty at one time.
+    """
+
+    def __init__(
+        self, message: str, *, code: int, seqs: Iterable[int], reaches_others: bool
+    ) -> None:
+        self.seqs = frozenset(seqs)
+        self.reaches_others = reaches_others
+        super().__init__(message, code=code)
 
 
 class DecodeTimeout(EngineError):

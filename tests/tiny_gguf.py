@@ -25,7 +25,7 @@ from typing import Any, Final, Literal
 
 import attrs
 import numpy as np
-from gguf import GGUFWriter
+from gguf import GGUFWriter, RopeScalingType
 
 Arch = Literal["llama", "gemma3", "mamba", "lfm2", "qwen35", "bert"]
 ARCHS: Final[tuple[Arch, ...]] = ("llama", "gemma3", "mamba", "lfm2", "qwen35")
@@ -35,6 +35,7 @@ ARCHS: Final[tuple[Arch, ...]] = ("llama", "gemma3", "mamba", "lfm2", "qwen35")
 _NORMAL: Final = 1
 _CONTROL: Final = 3
 _USER_DEFINED: Final = 4
+_UNUSED: Final = 5
 
 BOS: Final = "<|bos|>"
 EOS: Final = "<|eos|>"
@@ -91,6 +92,8 @@ class _Shape:
     head_dim: int
     n_vocab: int
     says_causal: bool
+    width: int
+    hybrid_window: int
 
 
 class _Weights:
@@ -186,13 +189,14 @@ def _byte_alphabet() -> list[str]:
     return alphabet
 
 
-def _vocabulary(tag_type: int) -> list[tuple[str, int]]:
+def _vocabulary(tag_type: int, least: int) -> list[tuple[str, int]]:
     tokens = [(text, _NORMAL) for text in _byte_alphabet()]
     tokens += [(left + right, _NORMAL) for left, right in _MERGES]
     tokens += [(text, _CONTROL) for text in (BOS, EOS, PAD, *CHAT)]
     tokens += [(text, tag_type) for text in TAGS]
     while len(tokens) % 32:
         tokens.append((f"<|unused{len(tokens)}|>", _CONTROL))
+    tokens += [(f"<|unused{number}|>", _UNUSED) for number in range(len(tokens), least)]
     return tokens
 
 
@@ -263,7 +267,8 @@ def _llama(w: GGUFWriter, t: _Weights, shape: _Shape) -> int:
 
 
 def _gemma3(w: GGUFWriter, t: _Weights, shape: _Shape) -> int:
-    d, heads, kv, head_dim, hidden = 64, 4, 2, 64, 128
+    wide = shape.width
+    d, heads, kv, head_dim, hidden = 64 * wide, 4 * wide, 2, 64, 128 * wide
     _common(w, shape, d, hidden)
     _heads(w, heads, kv, head_dim)
     w.add_rope_freq_base(shape.rope_base)
@@ -284,7 +289,7 @@ def _gemma3(w: GGUFWriter, t: _Weights, shape: _Shape) -> int:
 
 
 def _mamba(w: GGUFWriter, t: _Weights, shape: _Shape) -> int:
-    d, conv, state, dt = 64, 4, 16, 8
+    d, conv, state, dt = 64 * shape.width, 4, 16, 8 * shape.width
     inner = 2 * d
     _common(w, shape, d, 0)
     w.add_head_count(0)
@@ -309,13 +314,16 @@ def _mamba(w: GGUFWriter, t: _Weights, shape: _Shape) -> int:
 
 
 def _lfm2(w: GGUFWriter, t: _Weights, shape: _Shape) -> int:
-    d, heads, kv, head_dim, hidden, l_cache = 128, 2, 1, 64, 256, 3
+    wide = shape.width
+    d, heads, kv, head_dim, hidden, l_cache = 128 * wide, 2 * wide, wide, 64, 256 * wide, 3
     is_attention = [layer % 2 == 1 for layer in range(shape.layers)]
     _common(w, shape, d, hidden)
     _heads(w, heads, [kv if here else 0 for here in is_attention], head_dim)
     w.add_rope_freq_base(shape.rope_base)
     w.add_vocab_size(shape.n_vocab)
     w.add_uint32("lfm2.shortconv.l_cache", l_cache)
+    if shape.hybrid_window:
+        w.add_sliding_window(shape.hybrid_window)
     for layer in range(shape.layers):
         prefix = f"blk.{layer}."
         t.vector(prefix + "attn_norm.weight", d)
@@ -331,8 +339,11 @@ def _lfm2(w: GGUFWriter, t: _Weights, shape: _Shape) -> int:
 
 
 def _qwen35(w: GGUFWriter, t: _Weights, shape: _Shape) -> int:
-    d, heads, kv, head_dim, hidden = 64, 4, 2, 64, 128
+    wide = shape.width
+    d, heads, kv, head_dim, hidden = 64 * wide, 4 * wide, 2, 64, 128 * wide
     conv, state, k_heads, v_heads = 4, 32, 2, 4
+    if wide > 1:  # heads of the size that they have in Qwen's own models
+        state, k_heads, v_heads = 128, max(1, wide // 2), wide
     inner, key_dim = state * v_heads, state * k_heads
     _common(w, shape, d, hidden)
     _heads(w, heads, kv, head_dim)
@@ -420,6 +431,10 @@ def write_tiny_gguf(
     says: Literal["anything", "text", "tags"] = "anything",
     says_causal: bool = True,
     vocab_only: bool = False,
+    width: int = 1,
+    vocabulary_least: int = 0,
+    hybrid_window: int = 0,
+    rope_scale: float = 1.0,
 ) -> Path:
     """Write a model of ``arch`` (0.4 to 1.4 MB) and return its path.
 
@@ -434,9 +449,14 @@ def write_tiny_gguf(
     ``add_eos``: whether the model asks for an EOS behind a text. ``pooling``: how its embeddings
     are pooled, a number of llama.h. ``says``: what is drawn, with a ``min_p``: any token, printable
     ASCII alone, or that and tags. ``says_causal``: whether bert's metadata says that its attention
-    is not causal. ``vocab_only``: leave all tensors out.
+    is not causal. ``vocab_only``: leave all tensors out. ``width``: how many times as wide the
+    hybrid, recurrent and sliding-window models' layers are, for benchmarks. ``vocabulary_least``:
+    how many tokens there are at least; most of them are then never used. ``hybrid_window``: tokens
+    of a sliding window of lfm2's attention; 0: it has none. ``rope_scale``: by how much positions
+    are scaled down.
     """
-    vocabulary = _vocabulary(_USER_DEFINED if tags == "user" else _CONTROL)
+    tag_type = _USER_DEFINED if tags == "user" else _CONTROL
+    vocabulary = _vocabulary(tag_type, vocabulary_least)
     shape = _Shape(
         arch=arch,
         seed=seed,
@@ -448,12 +468,17 @@ def write_tiny_gguf(
         head_dim=head_dim,
         n_vocab=len(vocabulary),
         says_causal=says_causal,
+        width=width,
+        hybrid_window=hybrid_window,
     )
     writer = GGUFWriter(path, arch)
     writer.add_name(f"tiny-{arch}-{seed}")
     _add_tokenizer(writer, vocabulary, add_bos=add_bos)
     if add_eos:
         writer.add_add_eos_token(True)
+    if rope_scale != 1.0:
+        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope_scale)
     if pooling is not None:
         writer.add_uint32(f"{arch}.pooling_type", pooling)
     weights = _Weights(writer, seed, there=not vocab_only)

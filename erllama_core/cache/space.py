@@ -278,6 +278,12 @@ class ModelSpace:
             if entry.refusals > 1:
                 self._cache.disown(entry, "refused by the backend twice")
 
+    def condemned(self, match: Match) -> None:
+        """What was stored is no state of this model: it is not kept."""
+        self._catalog.counters.add("state_rejected")
+        for entry in _used(match):
+            self._cache.disown(entry, "what was computed from it are not numbers")
+
     # ------------------------------------------------------------------- saving
 
     def next_block(self, keys: ContextKeys, start: int, end: int) -> NewBlock | None:

@@ -330,9 +330,9 @@ class Context(Protocol):
     def step(self, rows: Sequence[Row]) -> None:
         """Compute all rows in one native call; each sequence appears at most once.
 
-        Raises DecodeFailed, as DecodeAborted after :meth:`abort`. Each sequence of ``rows``
-        then stands where it stood before, or, where that cannot be, is empty: see
-        :meth:`length`.
+        Raises DecodeFailed, as DecodeAborted after :meth:`abort`, and as NotNumbers for logits
+        that nothing can be drawn from. Each sequence of ``rows`` then stands where it stood
+        before, or, where that cannot be, is empty: see :meth:`length`.
         """
         ...
 

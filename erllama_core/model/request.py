@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from erllama_core.cache.keys import ContextKeys
+from erllama_core.cache.lookup import Match
 from erllama_core.interfaces.backend import ConstrainedSampler, PackedTokens, Sampler
 from erllama_core.interfaces.block import TOKEN_BYTES
 from erllama_core.interfaces.log import get_logger
@@ -116,6 +117,8 @@ class Request:
         """Its caller has been given its end, one way or the other."""
         self.aborts = 0
         """Steps in a row that were aborted for nothing that it did."""
+        self.unproven: Match | None = None
+        """What was stored that it goes on from, until a step has shown that it can."""
         self.sticks = False
         """It goes on in the very cells of its session's last turn."""
         self.leader: Request | None = None

@@ -169,6 +169,7 @@ class Restorer:
                 return True
             return False
         self.empty(request)
+        request.unproven = None if donor.request is None else donor.request.unproven
         try:
             shared = self._context.share(donor.seq, own.seq, length)
         except Exception as error:  # noqa: BLE001 - a backend's own mistake
@@ -188,6 +189,7 @@ class Restorer:
         self._context.drop(live.seq)
         self._pool.ledger.drop(live.seq)
         request.computed = 0
+        request.unproven = None
         if not request.is_counted:
             request.sticks = False
 
@@ -341,6 +343,12 @@ class Restorer:
         request.restored_bytes += fetch.n_bytes
         self._done(request, match, mark)
 
+    def compute_all(self, request: Request) -> None:
+        """What it read was none of its state: compute it, and read nothing more."""
+        request.phase = Phase.LOADING
+        request.read, request.sources = 0, ()
+        self._restart(request)
+
     def _restart(self, request: Request) -> None:
         """Compute it all."""
         self.empty(request)
@@ -363,6 +371,7 @@ class Restorer:
         self._pool.ledger.grow(live.seq, match.length)
         request.computed = match.length
         request.saved = match.covered
+        request.unproven = match
         self._note_read(request, match.length, fetch.sources)
         return True
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from erllama_core.cache.space import ModelSpace
-from erllama_core.errors import DecodeAborted, DecodeTimeout
+from erllama_core.errors import DecodeAborted, DecodeTimeout, NotNumbers
 from erllama_core.interfaces.backend import Context, Mark, Row, Vocabulary
 from erllama_core.interfaces.block import TOKEN_BYTES
 from erllama_core.interfaces.log import get_logger, told
@@ -80,6 +80,7 @@ class Stepper:
             count = len(row.tokens) // TOKEN_BYTES
             request.computed += count
             request.aborts = 0
+            request.unproven = None
             self._pool.ledger.grow(request.seq, count)
         # Tokens go to the callers first; then what was computed is saved.
         guard = self._endings.guard
@@ -179,6 +180,9 @@ class Stepper:
         elif not asked:
             requests = [request.id for request in batch]
             log.warning("step.failed", model=batch[0].model, requests=requests, error=told(error))
+        if isinstance(error, NotNumbers):
+            self._recover_numbers(batch, error)
+            return
         failure = as_erllama_error(error, "the backend raised in a step", model=batch[0].model)
         # All of them before any ends: who waits for one of them looks at what the others hold.
         broken = [r for r in batch if self._context.length(r.seq) != r.computed]
@@ -191,14 +195,45 @@ class Stepper:
             elif request in broken:
                 self._start_again(request)
 
-    def _start_again(self, request: Request) -> None:
-        """A step was aborted, for others that were cancelled, and the request lost its state."""
+    def _recover_numbers(self, batch: Sequence[Request], error: NotNumbers) -> None:
+        """A step computed NaN. Where that came from is given up, and all others go on.
+
+        State that was stored is suspected if nothing was computed from it before. It is not
+        kept, and whoever went on from it computes instead. Without any it is the weights.
+        """
+        spoilt = [request for request in batch if request.seq in error.seqs]
+        suspects = [request for request in spoilt if request.unproven is not None]
+        for request in suspects:
+            assert request.unproven is not None
+            self._space.condemned(request.unproven)
+        broken = [r for r in batch if r in spoilt or self._context.length(r.seq) != r.computed]
+        if error.reaches_others:
+            broken += self._save_others(batch)
+        for request in broken:
+            self._restorer.empty(request)
+        for request in broken:
+            if request in spoilt and not suspects:
+                self._endings.fail(request, error)
+            elif request.phase is not Phase.LOADING:  # else it is given something any moment
+                self._start_again(request, reads=request not in suspects)
+
+    def _save_others(self, batch: Sequence[Request]) -> list[Request]:
+        """Save what is not in a batch, as no sequence may keep its cells; requests that run."""
+        self._pool.drop_all_idle()
+        others = [r for r in self._roster.active if r not in batch and r.live and r.computed]
+        for request in others:
+            self._saver.at_end(request, None, "evict")
+        return others
+
+    def _start_again(self, request: Request, *, reads: bool = True) -> None:
+        """A request lost its state for nothing that it did. ``reads``: it may be stored."""
         if request.phase is Phase.CLOSING:
             self._endings.release(request)
         else:
             self._saver.let_go(request)
             request.saved = request.tried = 0
-            self._endings.guard(request, self._restorer.start)
+            restorer = self._restorer
+            self._endings.guard(request, restorer.start if reads else restorer.compute_all)
 
     # ----------------------------------------------------------------- what comes of it
 

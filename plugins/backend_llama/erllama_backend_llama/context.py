@@ -25,6 +25,7 @@ from erllama_core.errors import (
     EngineClosed,
     InvalidPrompt,
     ModelLoadError,
+    NotNumbers,
     NotSupported,
     StateRejected,
 )
@@ -129,7 +130,9 @@ class LlamaContext:
             self.memory_class: Final = self._prove(model, claim, pools, scratch)
             self._ranges = self.memory_class.ranges
             self._snapshots = self.memory_class.snapshots
-            self._healer = Healer(self._state, self.memory_class, n_seq=n_seq)
+            self._healer = Healer(
+                self._state, self.memory_class, n_seq=n_seq, unified=options.kv_unified
+            )
         except BaseException:
             self.close()
             raise
@@ -241,7 +244,7 @@ class LlamaContext:
             self.drop(seq)
 
     def _check_numbers(self, rows: Sequence[Row], outputs: Sequence[Output]) -> None:
-        """Raise DecodeFailed when a row came out as no numbers; its sequence is then empty.
+        """Raise NotNumbers when a row came out as none; its sequence is then empty.
 
         The cells of such a row must be neither used nor saved: in one pool of cells, without
         flash attention, a single NaN among them makes every other sequence's next step NaN,
@@ -268,10 +271,12 @@ class LlamaContext:
                 self.drop(row.seq)
             else:
                 self._take_back(row)
-        raise DecodeFailed(
+        raise NotNumbers(
             "the model computed logits that are not numbers; the weights or a restored state "
             "are damaged",
             code=0,
+            seqs=spoilt,
+            reaches_others=self._healer is not None and self._healer.reaches_others,
         )
 
     def sample(self, row: int, sampler: Sampler, *, greedy: bool = False) -> int:

@@ -21,13 +21,18 @@ from erllama_core.interfaces.backend import KVClass, Row
 class Healer:
     """Writes over what sequences of NaN have left behind. One thread.
 
-    ``n_seq``: native sequences, of which the context's callers use the first.
+    ``n_seq``: native sequences, of which the context's callers use the first. ``unified``: they
+    have one pool of cells.
     """
 
-    def __init__(self, state: SequenceState, memory: MemoryClass, *, n_seq: int) -> None:
+    def __init__(
+        self, state: SequenceState, memory: MemoryClass, *, n_seq: int, unified: bool
+    ) -> None:
         self._state: Final = state
         self._memory: Final = memory
         self._n_seq: Final = n_seq
+        # The V cache is transposed where there is no flash attention, which leaves masked cells out.
+        self._masks_by_zero: Final = unified and memory.v_transposed is not False
         self._cells: set[int] = set()
         """Sequences that left attention cells with NaN behind."""
         self._states_spoilt = False
@@ -38,10 +43,15 @@ class Healer:
 
     def note_spoilt(self, seqs: Iterable[int]) -> None:
         """A step came out as NaN for these, which are about to be dropped."""
-        if self._memory.kv_class is not KVClass.WHOLE or self._memory.recurrent_state is None:
+        if self._memory.has_cells:
             self._cells.update(seqs)
         if self._memory.recurrent_state is not None:
             self._states_spoilt = True
+
+    @property
+    def reaches_others(self) -> bool:
+        """Whether sequences that are computed from now on come out as NaN, whoever they are."""
+        return bool(self._cells) and self._masks_by_zero
 
     def note_shared(self, *seqs: int) -> None:
         """These have equal states now; until one goes on it may be the same state."""

@@ -37,6 +37,8 @@ class MemoryClass:
     kv_class: KVClass
     window: int
     """Tokens of the sliding window; 0: there is none."""
+    has_cells: bool = True
+    """Whether there are attention cells."""
     v_transposed: bool | None = None
     """How the V cache is laid out, which flash attention decides; None: not known."""
     ranges: Ranges | None = None
@@ -67,7 +69,8 @@ def claimed_class(model: Any, *, swa_full: bool, unified: bool) -> MemoryClass:
     The window of a model that keeps its old cells can be cut in pieces no longer than itself, by
     sharing them, which takes one pool of cells; otherwise it is a part that cannot be cut, like
     the recurrent layers of a hybrid model. A recurrent model has nothing else, so that its
-    snapshots are whole states; and of a memory with more than two parts nothing is known.
+    snapshots are whole states. So are those of a hybrid model with a window: llama.cpp exports its
+    window with the cells and not with the recurrent layers, while both have to be taken live.
     """
     window = max(0, int(llama_cpp.llama_model_n_swa(model)))
     if llama_cpp.llama_model_is_recurrent(model):
@@ -78,7 +81,7 @@ def claimed_class(model: Any, *, swa_full: bool, unified: bool) -> MemoryClass:
         kv_class = KVClass.CHECKPOINT
     else:
         kv_class = KVClass.SPAN
-    return MemoryClass(kv_class, window)
+    return MemoryClass(kv_class, window, not llama_cpp.llama_model_is_recurrent(model))
 
 
 def _unified_ranges(state: SequenceState, *, window: int, scratch: int) -> UnifiedRanges:

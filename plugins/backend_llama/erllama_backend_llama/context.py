@@ -130,9 +130,7 @@ class LlamaContext:
             self.memory_class: Final = self._prove(model, claim, pools, scratch)
             self._ranges = self.memory_class.ranges
             self._snapshots = self.memory_class.snapshots
-            self._healer = Healer(
-                self._state, self.memory_class, n_seq=n_seq, unified=options.kv_unified
-            )
+            self._healer = Healer(self._state, self.memory_class, n_seq=n_seq)
         except BaseException:
             self.close()
             raise

@@ -21,18 +21,15 @@ from erllama_core.interfaces.backend import KVClass, Row
 class Healer:
     """Writes over what sequences of NaN have left behind. One thread.
 
-    ``n_seq``: native sequences, of which the context's callers use the first. ``unified``: they
-    have one pool of cells.
+    ``n_seq``: native sequences, of which the context's callers use the first.
     """
 
-    def __init__(
-        self, state: SequenceState, memory: MemoryClass, *, n_seq: int, unified: bool
-    ) -> None:
+    def __init__(self, state: SequenceState, memory: MemoryClass, *, n_seq: int) -> None:
         self._state: Final = state
         self._memory: Final = memory
         self._n_seq: Final = n_seq
         # The V cache is transposed where there is no flash attention, which leaves masked cells out.
-        self._masks_by_zero: Final = unified and memory.v_transposed is not False
+        self._masks_by_zero: Final = memory.v_transposed is not False
         self._cells: set[int] = set()
         """Sequences that left attention cells with NaN behind."""
         self._states_spoilt = False
@@ -50,7 +47,9 @@ class Healer:
 
     @property
     def reaches_others(self) -> bool:
-        """Whether sequences that are computed from now on come out as NaN, whoever they are."""
+        """Whether what is computed in the same cells from now on comes out as NaN, whoever it is
+        for; in one pool that is everybody.
+        """
         return bool(self._cells) and self._masks_by_zero
 
     def note_shared(self, *seqs: int) -> None:

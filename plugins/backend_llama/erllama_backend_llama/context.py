@@ -262,12 +262,13 @@ class LlamaContext:
             for row, (_, place) in zip(rows, outputs, strict=True)
             if self._largest[place] < 0
         }
-        if self._healer is not None:
-            self._healer.note_spoilt(spoilt)
+        for seq in spoilt:
+            # One by one: what is healed when a sequence is dropped is what it leaves behind.
+            if self._healer is not None:
+                self._healer.note_spoilt(seq)
+            self.drop(seq)
         for row in rows:
-            if row.seq in spoilt:
-                self.drop(row.seq)
-            else:
+            if row.seq not in spoilt:
                 self._take_back(row)
         raise NotNumbers(
             "the model computed logits that are not numbers; the weights or a restored state "

@@ -9,7 +9,7 @@ it by multiplying the state with zero. Only writing other numbers there helps.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Final
 
 from erllama_backend_llama.kv_class import MemoryClass
@@ -38,10 +38,10 @@ class Healer:
         """Sequences that may have one recurrent state together, which leaves more of them free
         than there are empty sequences to fill them with."""
 
-    def note_spoilt(self, seqs: Iterable[int]) -> None:
-        """A step came out as NaN for these, which are about to be dropped."""
+    def note_spoilt(self, seq: int) -> None:
+        """A step came out as NaN for a sequence, which is dropped next."""
         if self._memory.has_cells:
-            self._cells.update(seqs)
+            self._cells.add(seq)
         if self._memory.recurrent_state is not None:
             self._states_spoilt = True
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from erllama_core.errors import DecodeFailed, StateRejected
+from erllama_core.errors import DecodeFailed, NotNumbers, StateRejected
 from erllama_core.interfaces.backend import KVClass, Row
 
 Bench = Callable[..., Any]
@@ -176,3 +176,29 @@ def test_states_that_are_shared_heal_too(bench: Bench) -> None:
     for seq in range(4):
         b.drop(seq)
         assert np.array_equal(b.feed(seq, TOKENS[:32]), expected)
+
+
+@pytest.mark.parametrize(
+    ("arch", "unified"), [("mamba", True), ("mamba", False), ("qwen35", False)]
+)
+def test_nan_in_a_step_with_others_heals(bench: Bench, arch: str, unified: bool) -> None:
+    """Whichever rows of a step are spoilt, and wherever they stand among the others."""
+    b = bench(arch, n_seq_max=4, kv_unified=unified)
+    expected = b.feed(0, TOKENS[:32])
+    snapshot = b.snapshot(0)
+    blocks = b.export_chain(0, [0, 32]) if arch == "qwen35" else []
+    bad = snapshot[:-16] + np.full(4, np.nan, dtype="<f4").tobytes()
+    for spoilt in ((1,), (2,), (1, 2), (0, 3), (0, 1, 2)):
+        for seq in range(4):
+            b.drop(seq)
+            if blocks:
+                b.restore(seq, blocks)
+            b.restore_snapshot(seq, 32, bad if seq in spoilt else snapshot)
+        with pytest.raises(NotNumbers) as caught:
+            b.context.step([Row(seq, 32, b.pack([5]), logits=True) for seq in range(3, -1, -1)])
+        assert caught.value.seqs == frozenset(spoilt)
+        assert not caught.value.reaches_others
+        for seq in range(4):
+            b.drop(seq)
+        for seq in range(4):
+            assert np.array_equal(b.feed(seq, TOKENS[:32]), expected)

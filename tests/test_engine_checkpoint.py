@@ -21,7 +21,9 @@ TEMPLATE = (
 """As most are: what opens a reply is what stands before it once it is rendered."""
 SAMPLED: dict[str, Any] = {"temperature": 1.0, "seed": 5}
 
-KINDS: list[tuple[Arch, dict[str, Any]]] = [
+WINDOWED = "lfm2 with a window"
+"""A hybrid model whose attention looks back over a sliding window."""
+KINDS: list[tuple[str, dict[str, Any]]] = [
     ("qwen35", {}),
     ("lfm2", {}),
     ("mamba", {}),
@@ -31,6 +33,9 @@ KINDS: list[tuple[Arch, dict[str, Any]]] = [
     ("lfm2", {"kv_unified": False}),
     ("mamba", {"kv_unified": False}),
     ("gemma3", {"kv_unified": False}),
+    (WINDOWED, {}),
+    (WINDOWED, {"swa_full": False}),
+    (WINDOWED, {"kv_unified": False, "flash_attn": True}),
 ]
 CUT = [kind for kind in KINDS if kind != ("gemma3", {})]
 """Those that cannot be cut."""
@@ -39,10 +44,16 @@ Load = Callable[..., Model]
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[Arch, Path]:
+def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("ascii")
     archs: tuple[Arch, ...] = ("qwen35", "lfm2", "mamba", "gemma3")
-    return {arch: write_tiny_gguf(folder / f"{arch}.gguf", arch, says_ascii=True) for arch in archs}
+    paths: dict[str, Path] = {
+        arch: write_tiny_gguf(folder / f"{arch}.gguf", arch, says_ascii=True) for arch in archs
+    }
+    paths[WINDOWED] = write_tiny_gguf(
+        folder / "windowed.gguf", "lfm2", says_ascii=True, hybrid_window=48
+    )
+    return paths
 
 
 def load(engine: Engine, path: Path, context_opts: dict[str, Any], **options: Any) -> Model:
@@ -79,7 +90,7 @@ def chat(model: Model, turns: int, **options: Any) -> list[Completion]:
 
 @pytest.mark.parametrize(("arch", "context_opts"), KINDS, ids=str)
 def test_a_chat_rendered_anew_reuses_the_turn_before(
-    arch: Arch, context_opts: dict[str, Any], weights: dict[Arch, Path]
+    arch: str, context_opts: dict[str, Any], weights: dict[str, Path]
 ) -> None:
     """Over ten turns with sampled replies, 95 % of what the last turn committed is read."""
     with make_engine() as engine:
@@ -97,7 +108,7 @@ def test_a_chat_rendered_anew_reuses_the_turn_before(
 
 @pytest.mark.parametrize(("arch", "context_opts"), CUT, ids=str)
 def test_a_reply_that_is_rendered_otherwise_costs_no_more_than_itself(
-    arch: Arch, context_opts: dict[str, Any], weights: dict[Arch, Path]
+    arch: str, context_opts: dict[str, Any], weights: dict[str, Path]
 ) -> None:
     """Where a client drops or changes the reply, all before it is read."""
     with make_engine() as engine:
@@ -112,7 +123,7 @@ def test_a_reply_that_is_rendered_otherwise_costs_no_more_than_itself(
 
 @pytest.mark.parametrize(("arch", "context_opts"), CUT, ids=str)
 def test_conversations_share_their_system_prompt(
-    arch: Arch, context_opts: dict[str, Any], weights: dict[Arch, Path]
+    arch: str, context_opts: dict[str, Any], weights: dict[str, Path]
 ) -> None:
     """Another conversation reads what both begin with up to the end of a message."""
     with make_engine() as engine:
@@ -130,7 +141,7 @@ def test_conversations_share_their_system_prompt(
 
 @pytest.mark.parametrize(("arch", "context_opts"), CUT, ids=str)
 def test_what_others_left_becomes_a_branch_point(
-    arch: Arch, context_opts: dict[str, Any], weights: dict[Arch, Path]
+    arch: str, context_opts: dict[str, Any], weights: dict[str, Path]
 ) -> None:
     """Where two prompts part in the middle of a text, a third one goes on from there."""
     text = "The keeper climbed the stairs each evening and counted them, one by one. " * 12
@@ -147,7 +158,7 @@ def test_what_others_left_becomes_a_branch_point(
 
 @pytest.mark.parametrize(("arch", "context_opts"), KINDS, ids=str)
 def test_the_same_prompt_again_computes_nothing(
-    arch: Arch, context_opts: dict[str, Any], weights: dict[Arch, Path], tmp_path: Path
+    arch: str, context_opts: dict[str, Any], weights: dict[str, Path], tmp_path: Path
 ) -> None:
     """An exact hit samples from stored logits, in this process and in the next."""
     with make_engine(tmp_path) as engine:
@@ -167,7 +178,7 @@ def test_the_same_prompt_again_computes_nothing(
 
 @pytest.mark.parametrize(("arch", "context_opts"), CUT, ids=str)
 def test_a_prompt_that_ends_where_another_opened_its_reply_computes_nothing(
-    arch: Arch, context_opts: dict[str, Any], weights: dict[Arch, Path]
+    arch: str, context_opts: dict[str, Any], weights: dict[str, Path]
 ) -> None:
     """The logits are kept there too: the chat without what opens the reply is an exact hit."""
     with make_engine() as engine:
@@ -184,7 +195,7 @@ def test_a_prompt_that_ends_where_another_opened_its_reply_computes_nothing(
 
 @pytest.mark.parametrize(("arch", "context_opts"), CUT, ids=str)
 def test_a_prompt_that_is_what_others_have_in_common_computes_nothing(
-    arch: Arch, context_opts: dict[str, Any], weights: dict[Arch, Path]
+    arch: str, context_opts: dict[str, Any], weights: dict[str, Path]
 ) -> None:
     """Where two prompts part, the logits are kept beside the snapshot."""
     common = [40 + 7 * at % 80 for at in range(300)]
@@ -200,7 +211,7 @@ def test_a_prompt_that_is_what_others_have_in_common_computes_nothing(
 
 @pytest.mark.parametrize(("arch", "context_opts"), CUT, ids=str)
 def test_snapshots_of_a_context_are_bounded(
-    arch: Arch, context_opts: dict[str, Any], weights: dict[Arch, Path]
+    arch: str, context_opts: dict[str, Any], weights: dict[str, Path]
 ) -> None:
     """However long a chat goes on, its snapshots and marks take what the policy says."""
     with make_engine() as engine:
@@ -224,7 +235,7 @@ def test_snapshots_of_a_context_are_bounded(
 
 @pytest.mark.parametrize(("arch", "context_opts"), CUT, ids=str)
 def test_sessions_and_live_sequences_go_on_where_they_are(
-    arch: Arch, context_opts: dict[str, Any], weights: dict[Arch, Path]
+    arch: str, context_opts: dict[str, Any], weights: dict[str, Path]
 ) -> None:
     """A session sticks to its cells, a resident is shared whole, and both are told as such."""
     with make_engine() as engine:
@@ -247,7 +258,7 @@ def test_sessions_and_live_sequences_go_on_where_they_are(
 
 @pytest.mark.parametrize(("arch", "context_opts"), CUT, ids=str)
 def test_requests_that_begin_alike_compute_it_once(
-    arch: Arch, context_opts: dict[str, Any], weights: dict[Arch, Path]
+    arch: str, context_opts: dict[str, Any], weights: dict[str, Path]
 ) -> None:
     """The leader's slice ends where they part, and its state there is shared."""
     with make_engine() as engine:
@@ -266,7 +277,7 @@ def test_requests_that_begin_alike_compute_it_once(
     ("arch", "context_opts"), [("qwen35", {}), ("gemma3", {"swa_full": False})]
 )
 def test_cells_that_run_short_are_given_up_and_come_back(
-    arch: Arch, context_opts: dict[str, Any], weights: dict[Arch, Path]
+    arch: str, context_opts: dict[str, Any], weights: dict[str, Path]
 ) -> None:
     """A request that is set aside goes on from the snapshot that was taken of it."""
     with make_engine() as engine:

@@ -34,7 +34,9 @@ from erllama_core.stream.stream import Stream
 from stub_engine import make_engine
 from tiny_gguf import Arch, write_tiny_gguf
 
-KINDS: list[tuple[Arch, dict[str, Any], str]] = [
+WINDOWED = "lfm2 with a window"
+"""A hybrid model whose attention looks back over a sliding window."""
+KINDS: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {}, "span"),
     ("gemma3", {}, "span"),
     ("gemma3", {"swa_full": False}, "checkpoint"),
@@ -44,6 +46,8 @@ KINDS: list[tuple[Arch, dict[str, Any], str]] = [
     ("lfm2", {"kv_unified": False}, "checkpoint"),
     ("qwen35", {"flash_attn": True}, "checkpoint"),
     ("qwen35", {"kv_unified": False}, "checkpoint"),
+    (WINDOWED, {}, "whole"),
+    (WINDOWED, {"kv_unified": False}, "whole"),
 ]
 ROUNDING = 0.03
 """What chunks, neighbours and cell placement account for, which is 0.012 at most here; another
@@ -300,17 +304,21 @@ def run(
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[Arch, Path]:
+def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("machine")
     archs: tuple[Arch, ...] = ("llama", "qwen35", "lfm2", "mamba", "gemma3")
-    return {arch: write_tiny_gguf(folder / f"{arch}.gguf", arch) for arch in archs}
+    paths: dict[str, Path] = {
+        arch: write_tiny_gguf(folder / f"{arch}.gguf", arch) for arch in archs
+    }
+    paths[WINDOWED] = write_tiny_gguf(folder / "windowed.gguf", "lfm2", hybrid_window=48)
+    return paths
 
 
 @pytest.mark.parametrize(("arch", "options", "kv_class"), KINDS, ids=str)
 def test_logits_are_those_of_a_cold_run(
     monkeypatch: pytest.MonkeyPatch,
-    weights: dict[Arch, Path],
-    arch: Arch,
+    weights: dict[str, Path],
+    arch: str,
     options: dict[str, Any],
     kv_class: str,
 ) -> None:
@@ -322,8 +330,8 @@ def test_logits_are_those_of_a_cold_run(
 @pytest.mark.parametrize(("arch", "options", "kv_class"), KINDS, ids=str)
 def test_logits_stay_those_of_a_cold_run(
     monkeypatch: pytest.MonkeyPatch,
-    weights: dict[Arch, Path],
-    arch: Arch,
+    weights: dict[str, Path],
+    arch: str,
     options: dict[str, Any],
     kv_class: str,
 ) -> None:

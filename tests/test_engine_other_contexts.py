@@ -9,7 +9,7 @@ import pytest
 
 from erllama_core import Engine, Model
 from stub_engine import make_engine
-from tiny_gguf import Arch, write_tiny_gguf
+from tiny_gguf import Arch, write_tiny_gguf, write_tiny_lora
 
 PROMPT = "The keeper of the lamp climbed the stairs each evening, and counted them. " * 3
 ARCHS: tuple[Arch, ...] = ("llama", "gemma3", "mamba", "lfm2", "qwen35")
@@ -62,6 +62,61 @@ def test_another_rope(arch: Arch, tmp_path: Path) -> None:
     with make_engine(tmp_path / "root") as engine:
         one, other = load(engine, one_path, {}, **CLAIMED), load(engine, other_path, {}, **CLAIMED)
         assert reused(engine, one, other) == 0
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma3", "lfm2", "qwen35"])
+def test_a_scaled_rope(arch: Arch, tmp_path: Path) -> None:
+    """Positions that are scaled down, which llama.cpp would accept too."""
+    one_path = write_tiny_gguf(tmp_path / "one.gguf", arch)
+    other_path = write_tiny_gguf(tmp_path / "other.gguf", arch, rope_scale=4.0)
+    with make_engine(tmp_path / "root") as engine:
+        one, other = load(engine, one_path, {}, **CLAIMED), load(engine, other_path, {}, **CLAIMED)
+        assert reused(engine, one, other) == 0
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma3", "lfm2", "qwen35"])
+def test_a_quantised_cache_that_is_not_rotated(
+    arch: Arch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """llama.cpp rotates K and V before it quantises them, unless it is told by the environment."""
+    path = write_tiny_gguf(tmp_path / "model.gguf", arch)
+    quantised = {"type_k": "q8_0", "type_v": "q8_0", "flash_attn": True}
+    with make_engine(tmp_path / "root") as engine:
+        one = load(engine, path, quantised)
+        monkeypatch.setenv("LLAMA_ATTN_ROT_DISABLE", "1")
+        assert reused(engine, one, load(engine, path, quantised)) == 0
+
+
+ADAPTED: dict[Arch, tuple[str, int, int]] = {
+    "llama": ("blk.1.attn_k.weight", 64, 128),
+    "gemma3": ("blk.1.attn_k.weight", 64, 128),
+    "mamba": ("blk.1.ssm_in.weight", 64, 256),
+    "lfm2": ("blk.1.attn_k.weight", 128, 64),
+    "qwen35": ("blk.1.attn_k.weight", 64, 128),
+}
+"""A matrix of each model with its sizes, in ggml's order."""
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_another_set_of_adapters(arch: Arch, tmp_path: Path) -> None:
+    """One more, or the same at another strength, which llama.cpp would accept."""
+    path = write_tiny_gguf(tmp_path / "model.gguf", arch)
+    name, n_in, n_out = ADAPTED[arch]
+    lora = write_tiny_lora(
+        tmp_path / "lora.gguf",
+        targets=(),
+        metadata={"general.architecture": arch},
+        tensors={f"{name}.lora_a": (n_in, 4), f"{name}.lora_b": (4, n_out)},
+    )
+    with make_engine(tmp_path / "root") as engine:
+        none = load(engine, path, {})
+        full, half, again = (
+            load(engine, path, {}, adapters=[{"path": str(lora), "scale": scale}])
+            for scale in (1.0, 0.5, 1.0)
+        )
+        assert reused(engine, none, full) == 0
+        assert reused(engine, full, half) == 0
+        assert reused(engine, full, again) > 150, "the same set shares what it stores"
 
 
 def test_the_other_side_of_longrope(tmp_path: Path) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from structlog.testing import capture_logs
 
@@ -50,6 +52,26 @@ def test_class_follows_the_memory(
         context = bench(arch, flash_attn=flash_attn, **options).context
     assert (context.kv_class, context.max_block_tokens) == (kv_class, block)
     assert not [entry for entry in logs if entry["log_level"] == "warning"]
+
+
+@pytest.mark.parametrize("options", [{}, {"swa_full": False}, {"kv_unified": False}])
+def test_a_hybrid_model_with_a_window_is_whole(
+    bench: Bench, tiny: Callable[..., Path], options: dict[str, Any]
+) -> None:
+    """What llama.cpp tells of its parts is the recurrent one alone, without the window: neither
+    with the cells nor with that could it be restored. Its whole state can.
+    """
+    b = bench(tiny("lfm2", hybrid_window=48), n_seq_max=2, n_ubatch=64, **options)
+    assert (b.context.kv_class, b.context.memory_class.window) == (KVClass.WHOLE, 48)
+    state = b.context._state
+    b.feed(0, [index % 256 for index in range(300)])
+    recurrent = state.size(0, rest=True)
+    b.feed(0, [7] * 100)
+    assert state.size(0, rest=True) == recurrent
+    data = b.snapshot(0)
+    expected = b.decode(0, [9, 8, 7])
+    b.restore_snapshot(1, 400, data)
+    assert np.abs(b.decode(1, [9, 8, 7]) - expected).max() < 0.01
 
 
 @pytest.mark.parametrize("arch", ["llama", "gemma3", "mamba", "lfm2", "qwen35"])

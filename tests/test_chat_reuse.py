@@ -22,6 +22,7 @@ word ::= [A-Za-z]{2,7} [ ,.]
 call ::= "<tool_call>" " "{0,1} "{\"name\" :\"look\", \"at\":\"" [a-z]{3,6} "\"}" "</tool_call>"
 """
 """A reply that thinks, says something and may call, spaced as no template would."""
+ASCII = "root ::= [ -~]+"
 TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}]
 
 
@@ -64,14 +65,31 @@ def shares(said: list[Completion]) -> list[float]:
     ]
 
 
-def tiny(tmp_path: Path, engine: Any, arch: Arch, says: Any, tags: Any = "control") -> Model:
+def tiny(
+    tmp_path: Path,
+    engine: Any,
+    arch: Arch,
+    says: Any,
+    tags: Any = "control",
+    *,
+    unified: bool = True,
+    markers: bool = True,
+) -> Model:
     path = write_tiny_gguf(tmp_path / "tiny.gguf", arch, says=says, tags=tags)
+    marked: dict[str, Any] = {
+        "thinking_markers": {"start": "<think>", "end": "</think>"},
+        "tool_call_markers": {"start": "<tool_call>", "end": "</tool_call>"},
+    }
     loaded: Model = engine.load_model(
         model_path=str(path),
-        context_opts={"n_ctx": 2048, "n_threads": 1, "resident_cells_max": 0},
+        context_opts={
+            "n_ctx": 2048,
+            "n_threads": 1,
+            "resident_cells_max": 0,
+            "kv_unified": unified,
+        },
         policy={"min_tokens": 0, "cold_min_tokens": 0},
-        thinking_markers={"start": "<think>", "end": "</think>"},
-        tool_call_markers={"start": "<tool_call>", "end": "</tool_call>"},
+        **(marked if markers else {}),
     )
     return loaded
 
@@ -84,6 +102,29 @@ def test_ten_turns_of_a_tiny_model(arch: Arch, tmp_path: Path) -> None:
         said = chat(model, replay=False, response_tokens=40, temperature=1.5)
         assert min(shares(said)) >= 0.98
         assert len({done.reply for done in said}) == TURNS
+
+
+@pytest.mark.parametrize("cells", ["unified", "separate"])
+@pytest.mark.parametrize("arch", ["qwen35", "lfm2", "mamba", "gemma3"])
+def test_ten_turns_that_a_grammar_keeps_to_ascii(arch: Arch, cells: str, tmp_path: Path) -> None:
+    """Weights that would say anything are turned down, token by token, for about half a token
+    more each: of every turn all that the one before had committed is read again. Markers are
+    ASCII too, and a reply without them would be rendered otherwise; here there are none.
+    """
+    with make_engine() as engine:
+        model = tiny(tmp_path, engine, arch, "anything", unified=cells == "unified", markers=False)
+        options: dict[str, Any] = {"grammar": ASCII, "response_tokens": 40, "temperature": 1.0}
+        said = chat(model, replay=False, **options)
+        ratios = shares(said)
+        turned_down = sum(done.stats.grammar_rejections for done in said)
+        drawn = sum(len(done.generated) for done in said)
+        print(f"{arch}, {cells}: {[round(ratio, 3) for ratio in ratios]}, {turned_down} for {drawn} tokens")
+        assert min(ratios) >= 0.95
+        assert all(done.cache_hit_kind == "partial" for done in said[1:])
+        assert all(done.reply.isascii() and done.reply.isprintable() for done in said)
+        assert turned_down > drawn // 4, "the weights say ASCII by themselves, so it shows little"
+        assert len({done.reply for done in said}) == TURNS
+        assert engine.cache.counters().state_rejected == 0
 
 
 @pytest.mark.parametrize("tags", ["control", "user"])

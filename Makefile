@@ -7,6 +7,7 @@
 #   make bench-grammar  decoding under a JSON grammar, beside decoding without one
 #   make bench-serving  many requests at once, beside a bare loop and llama-server
 #   make bench-cache    the cache's figures beside their targets; TRACE=file replays another trace
+#   make bench-snapshots  what snapshots cost a prefill, for models whose state cannot be cut
 #   make docs    the documentation as a site, in site/
 #
 # Each sets .venv up first; make PYTHON=python3.12 chooses the interpreter it is made with.
@@ -21,7 +22,7 @@ space := $(empty) $(empty)
 export MYPYPATH := $(subst $(space),:,$(strip $(PLUGINS) tests bench))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test fast long bench-cache bench-grammar bench-serving docs lint types clean
+.PHONY: help setup demo test fast long bench-cache bench-grammar bench-serving bench-snapshots docs lint types clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -59,6 +60,9 @@ bench-grammar: setup
 
 bench-cache: setup
 	$(BIN)/python bench/cache.py $(if $(TRACE),--trace $(TRACE))
+
+bench-snapshots: setup
+	$(BIN)/python bench/snapshots.py
 
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

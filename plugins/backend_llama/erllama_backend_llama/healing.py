@@ -28,7 +28,7 @@ class Healer:
         self._state: Final = state
         self._memory: Final = memory
         self._n_seq: Final = n_seq
-        # The V cache is transposed where there is no flash attention, which leaves masked cells out.
+        # The V cache is transposed without flash attention, which would leave masked cells out.
         self._masks_by_zero: Final = memory.v_transposed is not False
         self._cells: set[int] = set()
         """Sequences that left attention cells with NaN behind."""

@@ -145,6 +145,25 @@ def test_stored_nan_is_thrown_away_and_everybody_goes_on(
         assert engine.cache.counters().state_rejected == 1
 
 
+@pytest.mark.parametrize("arch", ["llama", "qwen35"])
+def test_idle_cells_that_were_only_restored_are_suspected_too(arch: Arch, tmp_path: Path) -> None:
+    """A session that was filled by an exact hit has never been computed with."""
+    path = write_tiny_gguf(tmp_path / "model.gguf", arch, says_ascii=True)
+    what, spoil = ("ranges", spoil_cells) if arch == "llama" else ("snapshot", spoil_floats)
+    with make_engine() as engine:
+        model = load(engine, path, {})
+        with saving(what, spoil):
+            model.prefill_only(BAD)
+            assert model.settle(20)
+            assert engine.flush(20)
+        begun = model.complete(BAD, response_tokens=1, session_id="s")
+        assert model.settle(20)
+        more = model.continue_session([41, 42], session_id="s", response_tokens=4).result()
+        assert more.context_tokens[: len(begun.context_tokens)] == begun.context_tokens
+        assert engine.cache.counters().state_rejected == 1
+        check(model, more)
+
+
 @pytest.mark.parametrize("context_opts", [{}, {"kv_unified": False}], ids=str)
 @pytest.mark.parametrize("arch", ["llama", "qwen35"])
 def test_nan_that_was_computed_fails_its_request_alone(

@@ -347,6 +347,7 @@ class Restorer:
         """What it read was none of its state: compute it, and read nothing more."""
         request.phase = Phase.LOADING
         request.read, request.sources = 0, ()
+        _note(request, "what was stored turned out not to be numbers, and was thrown away")
         self._restart(request)
 
     def _restart(self, request: Request) -> None:

@@ -132,6 +132,7 @@ class SequencePool:
             self.unpin(live)
         if live.request is not None:
             live.request.live = None
+            request.unproven = live.request.unproven
         live.request = request
         request.live = live
 

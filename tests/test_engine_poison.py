@@ -164,6 +164,25 @@ def test_idle_cells_that_were_only_restored_are_suspected_too(arch: Arch, tmp_pa
         check(model, more)
 
 
+def test_idle_cells_that_spoil_another_request_are_given_up(tmp_path: Path) -> None:
+    """Whoever computes first beside restored NaN does not fail for it."""
+    path = write_tiny_gguf(tmp_path / "model.gguf", "lfm2", says_ascii=True)
+    with make_engine() as engine:
+        model = load(engine, path, {"resident_cells_max": 1024})
+        with saving("ranges", spoil_cells):
+            model.prefill_only(BAD)
+            assert model.settle(20)
+            assert engine.flush(20)
+        model._worker.drop_residents()
+        assert model.prefill_only(BAD).cache_hit_kind == "exact"
+        assert model.settle(20)
+        done = model.complete(GOOD, response_tokens=4)
+        assert done.cache_hit_kind == "cold"
+        assert engine.cache.counters().state_rejected == 1
+        assert model.prefill_only(BAD).cache_hit_kind == "cold"
+        check(model, done)
+
+
 @pytest.mark.parametrize("context_opts", [{}, {"kv_unified": False}], ids=str)
 @pytest.mark.parametrize("arch", ["llama", "qwen35"])
 def test_nan_that_was_computed_fails_its_request_alone(

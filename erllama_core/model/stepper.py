@@ -202,7 +202,11 @@ class Stepper:
         kept, and whoever went on from it computes instead. Without any it is the weights.
         """
         spoilt = [request for request in batch if request.seq in error.seqs]
-        suspects = [request for request in spoilt if request.unproven is not None]
+        around: list[Request] = spoilt
+        if error.reaches_others:  # it may come from cells that no row of this step had
+            idle = [live.request for live in self._pool.residents() if live.request is not None]
+            around = [*self._roster.active, *idle]
+        suspects = [request for request in around if request.unproven is not None]
         for request in suspects:
             assert request.unproven is not None
             self._space.condemned(request.unproven)

@@ -59,21 +59,23 @@ def saving(what: str, spoil: Spoil) -> Iterator[None]:
         yield
 
 
-KINDS: list[tuple[Arch, dict[str, Any], dict[str, Any], str, Spoil]] = [
-    (arch, weights, opts, what, spoil)
-    for arch, weights, what, spoil in (
-        ("llama", {}, "ranges", spoil_cells),
-        ("gemma3", {}, "ranges", spoil_cells),
-        ("mamba", {}, "snapshot", spoil_floats),
-        ("lfm2", {}, "ranges", spoil_cells),
-        ("lfm2", {"hybrid_window": 32}, "snapshot", spoil_floats),
-        ("qwen35", {}, "ranges", spoil_cells),
-        ("qwen35", {}, "snapshot", spoil_floats),
-    )
-    for opts in ({}, {"flash_attn": True}, {"kv_unified": False})
+Kind = tuple[Arch, dict[str, Any], dict[str, Any], str, Spoil]
+POISONS: list[tuple[Arch, dict[str, Any], str, Spoil]] = [
+    ("llama", {}, "ranges", spoil_cells),
+    ("gemma3", {}, "ranges", spoil_cells),
+    ("mamba", {}, "snapshot", spoil_floats),
+    ("lfm2", {}, "ranges", spoil_cells),
+    ("lfm2", {"hybrid_window": 32}, "snapshot", spoil_floats),
+    ("qwen35", {}, "ranges", spoil_cells),
+    ("qwen35", {}, "snapshot", spoil_floats),
 ]
-KINDS.append(("gemma3", {}, {"swa_full": False}, "ranges", spoil_cells))
-KINDS.append(("gemma3", {}, {"swa_full": False}, "snapshot", spoil_cells))
+CONTEXTS: list[dict[str, Any]] = [{}, {"flash_attn": True}, {"kv_unified": False}]
+KINDS: list[Kind] = [
+    (arch, weights, opts, what, spoil)
+    for arch, weights, what, spoil in POISONS
+    for opts in CONTEXTS
+]
+KINDS += [("gemma3", {}, {"swa_full": False}, what, spoil_cells) for what in ("ranges", "snapshot")]
 
 
 def load(engine: Engine, path: Path, context_opts: dict[str, Any]) -> Model:

@@ -2,9 +2,10 @@
 
     python bench/snapshots.py [--only KIND] [--model FILE] [--pairs 7] [--json]
 
-The same prompt is computed in turn as it is by default, and by a model of its own that saves its
-blocks and takes no snapshots: the difference is copying them, and slices that end earlier. Which
-of the two comes first changes from pair to pair.
+One model computes the same prompt in turn as it does by default, and while it saves its blocks and
+takes no snapshots: the difference is copying them, and slices that end earlier. Which of the two
+comes first changes from pair to pair. (Two models would differ by themselves, by where their
+weights and threads lie.)
 
 Without a file, on models that are generated: random weights in the proportions of small ones that
 people use, one for each kind of memory. What counts is the state's size for each millisecond of
@@ -142,19 +143,13 @@ def measure(path: Path, context_opts: dict[str, Any], pairs: int) -> list[Figure
         ) as engine,
     ):
         opts = {"n_ctx": N_CTX, "resident_cells_max": 0} | context_opts
-        usual, without = (
-            engine.load_model(
-                name, backend="llama", model_path=str(path), tier=["near"], context_opts=opts
-            )
-            for name in ("usual", "without")
+        model = engine.load_model(
+            backend="llama", model_path=str(path), tier=["near"], context_opts=opts
         )
-        saver = usual._worker._runner.saver  # noqa: SLF001 - on purpose
-        saver.__class__ = TimedSaver
-        without._worker._runner.saver.__class__ = WithoutSnapshots  # noqa: SLF001
-        for what, prompt in prompts(usual):
-            runs = _pairs(engine, usual, without, prompt, pairs, saver)
-            figures += _figures(f"{usual.info().kv_class}, {what}", prompt, runs)
-            figures += _stored(engine, usual, prompt)
+        for what, prompt in prompts(model):
+            runs = _pairs(engine, model, prompt, pairs)
+            figures += _figures(f"{model.info().kv_class}, {what}", prompt, runs)
+            figures += _stored(engine, model, prompt)
     return figures
 
 
@@ -179,18 +174,18 @@ def _figures(name: str, prompt: Prompt, runs: Runs) -> list[Figure]:
     ]
 
 
-def _pairs(
-    engine: Engine, usual: Model, without: Model, prompt: Prompt, pairs: int, saver: Any
-) -> Runs:
+def _pairs(engine: Engine, model: Model, prompt: Prompt, pairs: int) -> Runs:
+    saver: Any = model._worker._runner.saver  # noqa: SLF001 - on purpose
     runs = Runs([], [], [])
-    order = [(usual, runs.usual), (without, runs.without)]
+    order = [(TimedSaver, runs.usual), (WithoutSnapshots, runs.without)]
     for number in range(pairs + 1):
         order.reverse()
-        for model, seconds in order:
-            saver.seconds = 0.0
+        for kind, seconds in order:
+            saver.__class__, saver.seconds = kind, 0.0
             seconds.append(_prefill(engine, model, prompt, f"pair {number}"))
-            if model is usual:
+            if kind is TimedSaver:
                 runs.taking.append(saver.seconds)
+    saver.__class__ = Saver
     for of in (runs.usual, runs.without, runs.taking):
         del of[0]  # the first pair is a warm-up
     return runs

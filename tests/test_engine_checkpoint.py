@@ -42,7 +42,7 @@ Load = Callable[..., Model]
 def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[Arch, Path]:
     folder = tmp_path_factory.mktemp("ascii")
     archs: tuple[Arch, ...] = ("qwen35", "lfm2", "mamba", "gemma3")
-    return {arch: write_tiny_gguf(folder / f"{arch}.gguf", arch, says_ascii=True) for arch in archs}
+    return {arch: write_tiny_gguf(folder / f"{arch}.gguf", arch, says="text") for arch in archs}
 
 
 def load(engine: Engine, path: Path, context_opts: dict[str, Any], **options: Any) -> Model:

@@ -35,3 +35,15 @@ def demo_model_path() -> Path:
     from erllama_core.cli.demo_model import fetch_demo_model
 
     return fetch_demo_model()
+
+
+def pytest_unconfigure() -> None:
+    """Close what llama-cpp-python opens when it is imported and never closes.
+
+    Its ``_utils`` keeps ``/dev/null`` open, and warnings are errors until the interpreter ends.
+    """
+    utils = sys.modules.get("llama_cpp._utils")
+    for name in ("outnull_file", "errnull_file"):
+        file = getattr(utils, name, None)
+        if file is not None:
+            file.close()

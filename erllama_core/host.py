@@ -18,6 +18,7 @@ import attrs
 import pluggy
 
 from erllama_core import builtin, hookspecs, telemetry
+from erllama_core.compatibility import refuse_other_core
 from erllama_core.errors import PluginFailed, nearest
 from erllama_core.interfaces.log import get_logger
 from erllama_core.providers import (
@@ -111,7 +112,7 @@ class PluginHost:
         core = Origin("builtin", CORE_DISTRIBUTION, _version(CORE_DISTRIBUTION))
         self._load(builtin, core)
         if discover:
-            self._discover()
+            self._discover(core.version)
 
     # ------------------------------------------------------------- reading
 
@@ -215,7 +216,7 @@ class PluginHost:
         if failure is not None:
             raise PluginFailed(str(failure)) from failure.cause
 
-    def _discover(self) -> None:
+    def _discover(self, core: str | None) -> None:
         for distribution in _distributions():
             name = distribution.name
             version = distribution.version
@@ -230,10 +231,15 @@ class PluginHost:
                 if reason is not None:
                     self.registry.add_blocked(BlockedPlugin(origin, reason))
                     continue
+                stage: Stage = "version"
                 try:
+                    refuse_other_core(
+                        CORE_DISTRIBUTION, core, name, version, distribution.requires or ()
+                    )
+                    stage = "import"
                     plugin = point.load()
                 except (Exception, SystemExit) as error:  # noqa: BLE001 - plugin code
-                    self._fail(origin, "import", error)
+                    self._fail(origin, stage, error)
                 else:
                     self._load(plugin, origin)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, NewType
+from typing import Any, NewType, TypeVar
 
 import attrs
 
@@ -11,6 +11,8 @@ from erllama_core.interfaces.backend import BackendModel, BackendRequest, Memory
 from erllama_core.interfaces.pressure import PressureSource
 from erllama_core.interfaces.stream import ProcessorRequest, StreamProcessor
 from erllama_core.interfaces.tier import Tier
+
+_Made = TypeVar("_Made")
 
 ByteSize = NewType("ByteSize", int)
 """A number of bytes; in a configuration an integer, or a string with a unit: ``"50GiB"``.
@@ -119,3 +121,18 @@ class StreamProcessorProvider:
 
 
 Provider = BackendProvider | TierProvider | PressureProvider | StreamProcessorProvider
+
+
+def check_made(made: _Made, protocol: type[Any]) -> _Made:
+    """What a factory made; TypeError, with what is missing, when it is not what it is for.
+
+    Asked once for each thing that is made, before the core relies on it.
+    """
+    wanted = {*vars(protocol), *getattr(protocol, "__annotations__", ())}
+    lacking = sorted(n for n in wanted if not n.startswith("_") and not hasattr(made, n))
+    if lacking:
+        raise TypeError(
+            f"its factory returned a {type(made).__name__}, which is no {protocol.__name__}: "
+            f"it has no {', '.join(lacking)}"
+        )
+    return made

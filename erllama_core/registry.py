@@ -31,9 +31,9 @@ from erllama_core.providers import (
 )
 
 ProviderKind = Literal["backend", "tier", "pressure", "processor"]
-Stage = Literal["metadata", "import", "register", "hook", "validate"]
-"""Where a plugin failed: reading its distribution, importing it, registering its hooks,
-calling one, or checking what it returned."""
+Stage = Literal["metadata", "version", "import", "register", "hook", "validate"]
+"""Where a plugin failed: reading its distribution, comparing the core that it is for with this
+one, importing it, registering its hooks, calling one, or checking what it returned."""
 
 RECORDS: Final[dict[ProviderKind, type[Provider]]] = {
     "backend": BackendProvider,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from erllama_core.interfaces.backend import BackendRequest
 from erllama_core.providers import BackendProvider
 from held_tier import HeldTier, engine_with
 from stub_engine import KV_CLASSES, load_stub, make_engine
+from waiting import wait_until
 
 PROMPT = "An old clockmaker repairs the same clock every autumn, and never says why. " * 2
 CELLS = (True, False)
@@ -75,14 +75,6 @@ def says(done: Completion, *adapters: Path | Adapter, kv_class: str = "span") ->
     prompt = done.context_tokens[: done.stats.prompt_tokens]
     alone = fresh(prompt, *adapters, kv_class=kv_class, response_tokens=len(done.generated))
     return done.generated == alone.generated
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    """For what another thread does."""
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
 
 
 class InThread:

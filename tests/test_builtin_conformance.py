@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from erllama_core.cache.ram import RamTier
 from erllama_core.conformance import (
     PressureConformance,
     PressureSubject,
@@ -15,7 +14,6 @@ from erllama_core.conformance import (
 )
 from erllama_core.host import PluginHost
 from erllama_core.interfaces.markers import ThinkingMarkers, ToolCallMarkers
-from erllama_core.pressure.noop import NoopPressure
 
 HOST = PluginHost(discover=False)
 
@@ -23,15 +21,18 @@ HOST = PluginHost(discover=False)
 class TestRamTier(TierConformance):
     @pytest.fixture
     def subject(self) -> TierSubject:
+        provider = HOST.get("tier", "ram")
         return TierSubject(
-            lambda quota: RamTier(1 << 30 if quota is None else quota), survives_close=False
+            lambda quota: provider.factory(provider.config(quota_bytes=quota)),
+            survives_close=False,
         )
 
 
 class TestNoop(PressureConformance):
     @pytest.fixture
     def subject(self) -> PressureSubject:
-        return PressureSubject(NoopPressure, is_silent=True)
+        provider = HOST.get("pressure", "noop")
+        return PressureSubject(lambda: provider.factory(provider.config()), is_silent=True)
 
 
 class TestStopSequences(ProcessorConformance):

@@ -16,6 +16,7 @@ from erllama_core.cache.durability import Unsynced
 from erllama_core.interfaces.block import ObjectId, ObjectKind
 from held_tier import HeldTier, engine_with
 from stub_engine import KV_CLASSES, load_stub, make_engine
+from waiting import wait_until
 
 PROMPT = "The lamp is lit on every evening, whatever the weather of the day has been. "
 
@@ -186,14 +187,6 @@ def test_closing_while_a_scan_hangs_is_bounded() -> None:
         engine.close()
     assert "scan.abandoned" in [entry["event"] for entry in logs]
     release.set()
-
-
-def wait_until(condition: object) -> None:
-    assert callable(condition)
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
 
 
 # ------------------------------------------------------------------ write-back

@@ -207,6 +207,21 @@ class OverrunsItsQuota(GoodTier):
         self.store[object_id] = b"".join(parts)
 
 
+class FindsTheRoomThatOthersTake(GoodTier):
+    """Looks for room, is overtaken by every other writer, and stores."""
+
+    def __init__(self, store: dict[ObjectId, bytes], quota: int | None) -> None:
+        super().__init__(store, quota)
+        self.overtaken = threading.Barrier(8)
+
+    def put(self, object_id: ObjectId, parts: Sequence[Bytes], *, durable: bool = False) -> None:
+        data = b"".join(parts)
+        if self.quota is not None and sum(map(len, self.store.values())) + len(data) > self.quota:
+            raise TierFull("full")
+        self.overtaken.wait(30)
+        self.store[object_id] = data
+
+
 class LeavesHalfWhenFull(GoodTier):
     def put(self, object_id: ObjectId, parts: Sequence[Bytes], *, durable: bool = False) -> None:
         try:
@@ -330,6 +345,7 @@ WRONG_TIERS = [
     (AsksForABufferFirst, "test_what_is_not_there_is_not_found", True),
     (MissIsAKeyError, "test_what_is_not_there_is_not_found", True),
     (OverrunsItsQuota, "test_a_full_tier_says_so", False),
+    (FindsTheRoomThatOthersTake, "test_writers_share_one_quota", False),
     (LeavesHalfWhenFull, "test_what_can_never_fit_is_refused_whole", False),
     (EmptiesItselfForALargeOne, "test_what_can_never_fit_is_refused_whole", False),
     (ScansTwice, "test_a_scan_tells_of_each_object_once", True),
@@ -962,7 +978,7 @@ def test_a_test_cannot_be_overridden_silently() -> None:
 )
 def test_every_test_says_what_its_failure_means(kit: type[ConformanceKit]) -> None:
     """The docstring of every test ends with a sentence that begins "If this fails:"."""
-    tests = [value for name, value in vars(kit).items() if name.startswith("test_")]
+    tests = [value for name, value in inspect.getmembers(kit) if name.startswith("test_")]
     assert len(tests) >= 8
     for test in tests:
         *_, last = (test.__doc__ or "").strip().split("\n\n")
@@ -983,7 +999,7 @@ def test_the_kit_needs_pytest_and_hypothesis_alone() -> None:
     folder = Path(__file__).parent.parent / "erllama_core" / "conformance"
     imported = {
         line.split()[1].split(".")[0]
-        for path in folder.glob("*.py")
+        for path in folder.rglob("*.py")
         for line in path.read_text("utf-8").splitlines()
         if line.startswith(("import ", "from "))
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from erllama_core.interfaces.backend import CostPrior
 from held_tier import HeldTier, engine_with
 from stub_engine import KV_CLASSES, load_stub, make_engine
 from tiny_gguf import write_tiny_gguf
+from waiting import wait_until
 
 PROMPT = "The keeper wrote down each evening what the lamp had burned"
 DECLARED_US = 1000.0
@@ -333,8 +333,11 @@ def test_reads_that_were_given_up_are_measured_too() -> None:
             held.reads.clear()
             assert explained(model, longer(context, 0)).reused_tokens == 0
             held.reads.set()
-            while store.rests_until_s or any(row.refcount for row in engine.cache.dump()):
-                time.sleep(0.001)
+            wait_until(
+                lambda: (
+                    not store.rests_until_s and not any(row.refcount for row in engine.cache.dump())
+                )
+            )
             if engine.cache.counters().gated:
                 gated_at.append(number)
         # Later than at the fourth where a read had not begun when it was given up.

@@ -48,10 +48,10 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("ascii")
     archs: tuple[Arch, ...] = ("qwen35", "lfm2", "mamba", "gemma3")
     paths: dict[str, Path] = {
-        arch: write_tiny_gguf(folder / f"{arch}.gguf", arch, says_ascii=True) for arch in archs
+        arch: write_tiny_gguf(folder / f"{arch}.gguf", arch, says="text") for arch in archs
     }
     paths[WINDOWED] = write_tiny_gguf(
-        folder / "windowed.gguf", "lfm2", says_ascii=True, hybrid_window=48
+        folder / "windowed.gguf", "lfm2", says="text", hybrid_window=48
     )
     return paths
 

@@ -119,7 +119,7 @@ def test_stored_nan_is_thrown_away_and_everybody_goes_on(
     """The request that reads it computes instead; a reply beside it and a session's idle cells
     are no worse off; and what is stored in its place is sound.
     """
-    path = write_tiny_gguf(tmp_path / "model.gguf", arch, says_ascii=True, **weights)
+    path = write_tiny_gguf(tmp_path / "model.gguf", arch, says="text", **weights)
     with make_engine() as engine:
         model = load(engine, path, context_opts)
         with saving(what, spoil):
@@ -150,7 +150,7 @@ def test_stored_nan_is_thrown_away_and_everybody_goes_on(
 @pytest.mark.parametrize("arch", ["llama", "qwen35"])
 def test_idle_cells_that_were_only_restored_are_suspected_too(arch: Arch, tmp_path: Path) -> None:
     """A session that was filled by an exact hit has never been computed with."""
-    path = write_tiny_gguf(tmp_path / "model.gguf", arch, says_ascii=True)
+    path = write_tiny_gguf(tmp_path / "model.gguf", arch, says="text")
     what, spoil = ("ranges", spoil_cells) if arch == "llama" else ("snapshot", spoil_floats)
     with make_engine() as engine:
         model = load(engine, path, {})
@@ -168,7 +168,7 @@ def test_idle_cells_that_were_only_restored_are_suspected_too(arch: Arch, tmp_pa
 
 def test_idle_cells_that_spoil_another_request_are_given_up(tmp_path: Path) -> None:
     """Whoever computes first beside restored NaN does not fail for it."""
-    path = write_tiny_gguf(tmp_path / "model.gguf", "lfm2", says_ascii=True)
+    path = write_tiny_gguf(tmp_path / "model.gguf", "lfm2", says="text")
     with make_engine() as engine:
         model = load(engine, path, {"resident_cells_max": 1024})
         with saving("ranges", spoil_cells):

@@ -6,6 +6,7 @@ import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import attrs
 import pytest
@@ -28,7 +29,12 @@ from erllama_core.host import PluginHost
 from erllama_core.interfaces.block import Bytes, ObjectId
 from erllama_core.interfaces.stream import Channel, ProcessorRequest
 from erllama_core.interfaces.tier import Allocate, ScanFailure, ScannedObject, TierUsage
-from erllama_core.providers import StreamProcessorProvider, TierProvider
+from erllama_core.providers import (
+    BackendProvider,
+    PressureProvider,
+    StreamProcessorProvider,
+    TierProvider,
+)
 from stub_engine import KV_CLASSES, load_stub, make_engine
 
 PROMPT = "A block on the disk may be damaged at any place, and the reply must stay the same."
@@ -108,6 +114,67 @@ def test_an_unwritable_root_is_one_warning(tmp_path: Path) -> None:
     warnings = [entry for entry in logs if entry["log_level"] == "warning"]
     assert [entry["event"] for entry in warnings] == ["tier.not_opened"]
     assert str(tmp_path / "file" / "root") in warnings[0]["error"]
+
+
+def _breaks(_request: object) -> Any:
+    raise KeyError("nothing there")
+
+
+@pytest.mark.parametrize(
+    ("factory", "words"),
+    [
+        (_breaks, "nothing there"),
+        (lambda _request: 5, "its factory returned a int, which is no "),
+    ],
+    ids=["raises", "returns something else"],
+)
+def test_a_factory_that_is_wrong(factory: Any, words: str) -> None:
+    """It takes out what it was to make, in words that name the provider; all else works."""
+
+    class Broken:
+        @hookimpl
+        def erllama_backends(self) -> list[BackendProvider]:
+            return [BackendProvider("broken", "s", factory)]
+
+        @hookimpl
+        def erllama_tiers(self) -> list[TierProvider]:
+            return [TierProvider("broken", "s", factory)]
+
+        @hookimpl
+        def erllama_stream_processors(self) -> list[StreamProcessorProvider]:
+            return [StreamProcessorProvider("broken", "s", factory)]
+
+        @hookimpl
+        def erllama_pressure_sources(self) -> list[PressureProvider]:
+            return [PressureProvider("broken", "s", factory)]
+
+    host = PluginHost()
+    host.register(Broken())
+    config = load_config(
+        {
+            "tiers": [{"name": "lost", "kind": "broken"}],
+            "pressure": {"source": ["broken", "noop"]},
+        }
+    )
+    with capture_logs() as logs, Engine(config, plugins=host) as engine:
+        assert engine.cache.tier_names() == ("ram",)
+        (told,) = (entry for entry in logs if entry["event"] == "tier.not_opened")
+        assert told["tier"] == "lost"
+        assert "the tier kind 'broken'" in told["error"]
+        assert words in told["error"]
+        with pytest.raises(ModelLoadError, match="the backend 'broken' failed") as caught:
+            engine.load_model(backend="broken")
+        assert words in str(caught.value)
+        with_processor = engine.load_model(backend="stub", processors=["broken"])
+        with pytest.raises(PluginFailed, match="the stream processor 'broken'") as failed:
+            with_processor.complete(PROMPT, response_tokens=2)
+        assert words in str(failed.value)
+        sources = {source.name: source for source in engine.pressure.force_check().sources}
+        assert sources["noop"].state == "ok"
+        assert words in (sources["broken"].error or "")
+        model = load_stub(engine)
+        model.complete(PROMPT, response_tokens=4)
+        assert model.complete(PROMPT, response_tokens=4).cache_hit_kind == "exact"
 
 
 class DictTier:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
+import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from structlog.testing import capture_logs
 
+from erllama_core.cli.app import app
+from erllama_core.compatibility import refuse_other_core
 from erllama_core.errors import PluginDuplicate, PluginFailed, PluginMissing
 from erllama_core.host import PluginHost, PluginListing
 from erllama_core.registry import PluginFailure
@@ -48,6 +54,7 @@ class Site:
         point: str | None = None,
         version: str = "1.2",
         value: str | None = None,
+        requires: Sequence[str] = (),
     ) -> None:
         """A distribution whose entry point leads to a module with ``code``."""
         module = distribution.replace("-", "_").replace(".", "_").lower()
@@ -57,15 +64,24 @@ class Site:
             distribution,
             f"[erllama]\n{point or module} = {value or module}\n",
             version=version,
+            requires=requires,
         )
         importlib.invalidate_caches()
 
-    def metadata(self, distribution: str, entry_points: str, *, version: str = "1.2") -> None:
+    def metadata(
+        self,
+        distribution: str,
+        entry_points: str,
+        *,
+        version: str = "1.2",
+        requires: Sequence[str] = (),
+    ) -> None:
         stem = distribution.replace("-", "_")
         info = self.folder / f"{stem}-{version}.dist-info"
         info.mkdir()
         (info / "METADATA").write_text(
             f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n"
+            + "".join(f"Requires-Dist: {line}\n" for line in requires)
         )
         (info / "entry_points.txt").write_bytes(entry_points.encode("utf-8", "surrogateescape"))
 
@@ -314,6 +330,103 @@ def test_shadowed_distribution_is_not_loaded(site: Site, tmp_path: Path) -> None
     assert row_of(host, "acme").version == "1.2"
 
 
+# ------------------------------------------------------------------ another core
+
+BOOM = "raise AssertionError('this plugin must not be imported')"
+CORE = importlib.metadata.version("erllama-core")
+
+OTHER_CORES = {
+    "a later one": ["attrs>=24", "erllama-core>=7.1,<8"],
+    "an earlier one": ["erllama-core<0.0.5"],
+    "written in another way": ["Erllama_Core (>=7.1)"],
+    "with an extra": ["erllama-core[cli]>=7.1"],
+    "for this Python": ["erllama-core>=7.1; python_version >= '3'"],
+    "one of two lines": ["erllama-core>=0.0.1", "erllama-core!=" + CORE],
+}
+
+
+@pytest.mark.parametrize("requires", OTHER_CORES.values(), ids=OTHER_CORES)
+def test_a_plugin_for_another_core_is_not_imported(site: Site, requires: list[str]) -> None:
+    """One whose distribution requires another core is listed with both versions and what to do,
+    in the table and as JSON, and everything else works.
+    """
+    site.install("aaa-good", GOOD.format(name="before"))
+    site.install("acme-tier", BOOM, point="acme", requires=requires)
+    site.install("zzz-good", GOOD.format(name="after"))
+    host = PluginHost()
+    assert host.get("tier", "before").name == "before"
+    assert host.get("tier", "after").name == "after"
+    assert failure_of(host, "acme-tier").stage == "version"
+    row = row_of(host, "acme")
+    assert (row.kind, row.state, row.distribution, row.version) == (
+        None,
+        "failed",
+        "acme-tier",
+        "1.2",
+    )
+    assert row.reason is not None
+    assert row.reason.startswith("version: PluginFailed: acme-tier 1.2 is built for erllama-core")
+    assert f"this is erllama-core {CORE}" in row.reason
+    assert f"pip install --upgrade acme-tier erllama-core=={CORE}" in row.reason
+    with pytest.raises(PluginFailed, match=r"'acme' is missing because .* is built for"):
+        host.get("tier", "acme")
+    listed = CliRunner().invoke(app, ["plugins", "--json"])
+    (told,) = (row for row in json.loads(listed.stdout) if row["name"] == "acme")
+    assert (told["state"], told["reason"]) == ("failed", row.reason)
+    table = CliRunner().invoke(app, ["plugins"]).stdout
+    assert "acme-tier 1.2 is built for" in " ".join(table.split())
+
+
+@pytest.mark.parametrize(
+    "requires",
+    [
+        [],
+        ["attrs>=24"],
+        ["erllama-core"],
+        [f"erllama-core>={CORE},<{CORE}.1"],
+        ["erllama-core>=7.1; extra == 'later'"],
+        ["erllama-core>=7.1; python_version < '3'"],
+        ["erllama-core-tools>=7.1", "erllama-core-tools what is this"],
+        ["not a requirement at all"],
+    ],
+)
+def test_a_plugin_for_this_core(site: Site, requires: list[str]) -> None:
+    """A range that this core is in, none, and what is said of others or does not apply here."""
+    site.install("acme-tier", GOOD.format(name="acme"), requires=requires)
+    host = PluginHost()
+    assert host.failures == ()
+    assert host.get("tier", "acme").name == "acme"
+
+
+def test_a_pre_release_of_the_core_is_one_of_its_versions() -> None:
+    """Whoever tries a core before its release can use the plugins that are for it."""
+    requires = ["erllama-core>=0.1,<0.2"]
+    refuse_other_core("erllama-core", "0.1.1rc1", "acme", "1", requires)
+    with pytest.raises(PluginFailed, match=r"this is erllama-core 0\.2\.0rc1"):
+        refuse_other_core("erllama-core", "0.2.0rc1", "acme", "1", requires)
+
+
+def test_a_core_that_is_not_installed_has_no_version_to_compare() -> None:
+    """From a mere source tree, whose version nobody knows, every plugin is loaded."""
+    refuse_other_core("erllama-core", None, "acme", "1", ["erllama-core>=7"])
+
+
+def test_a_range_that_cannot_be_read(site: Site) -> None:
+    """What is said of the core and makes no sense is quoted, and the plugin is left out."""
+    site.install("acme-tier", BOOM, requires=["erllama-core ~> 0.1"])
+    failure = failure_of(PluginHost(), "acme-tier")
+    assert failure.stage == "version"
+    assert "'Requires-Dist: erllama-core ~> 0.1', which cannot be read" in str(failure)
+
+
+def test_a_blocked_plugin_for_another_core_is_blocked(site: Site) -> None:
+    """What was left out on purpose is no failure."""
+    site.install("acme-tier", BOOM, point="acme", requires=["erllama-core>=7"])
+    host = PluginHost(block=["acme-tier"])
+    assert host.failures == ()
+    assert row_of(host, "acme").state == "blocked"
+
+
 # -------------------------------------------------------------------- duplicates
 
 
@@ -373,8 +486,6 @@ def test_one_name_in_two_kinds_is_no_duplicate(site: Site) -> None:
 
 
 # --------------------------------------------------------------- allow and block
-
-BOOM = "raise AssertionError('this plugin must not be imported')"
 
 
 @pytest.mark.parametrize("name", ["bad-dist", "BAD_Dist", "bad.dist", "its-point", "Its_Point"])

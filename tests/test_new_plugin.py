@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 from erllama_core.cli.app import app
-from erllama_core.cli.new_plugin import KINDS
+from erllama_core.cli.new_plugin import KINDS, skeleton
 
 
 def run(*command: str | Path, cwd: Path, **environment: str) -> str:
@@ -46,6 +50,19 @@ def test_a_skeleton_passes_as_written(kind: str, tmp_path: Path) -> None:
         PYTHONPATH=str(folder),
     )
     assert " passed" in printed
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_skeleton_is_for_this_core(kind: str) -> None:
+    """What a skeleton requires of the core is this minor version: interfaces are the minor's."""
+    running = Version(importlib.metadata.version("erllama-core"))
+    metadata = tomllib.loads(dict(skeleton(kind, "mine"))["pyproject.toml"])["project"]
+    needs = map(Requirement, metadata["dependencies"])
+    (need,) = (need for need in needs if need.name == "erllama-core")
+    major, minor = running.release[:2]
+    assert need.specifier.contains(running, prereleases=True)
+    assert need.specifier.contains(f"{major}.{minor}.99")
+    assert not need.specifier.contains(f"{major}.{minor + 1}")
 
 
 @pytest.mark.parametrize(

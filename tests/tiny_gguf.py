@@ -119,11 +119,8 @@ class _Weights:
         ne1: int,
         gain: float = 1.0,
         dtype: type[Any] = np.float16,
-        keep: Sequence[bool] | None = None,
     ) -> None:
         values = self._rng(name).standard_normal((ne1, ne0)) * (gain / np.sqrt(ne0))
-        if keep is not None:
-            values *= np.array(keep)[:, None]
         self._add(name, values.astype(dtype))
 
     def output(self, d: int, gains: Sequence[float]) -> None:
@@ -198,10 +195,6 @@ def _vocabulary(tag_type: int, least: int) -> list[tuple[str, int]]:
         tokens.append((f"<|unused{len(tokens)}|>", _CONTROL))
     tokens += [(f"<|unused{number}|>", _UNUSED) for number in range(len(tokens), least)]
     return tokens
-
-
-def _is_ascii(text: str, kind: int) -> bool:
-    return kind == _NORMAL and all(" " < char <= "~" or char == "\u0120" for char in text)
 
 
 def _add_tokenizer(w: GGUFWriter, vocabulary: Sequence[tuple[str, int]], *, add_bos: bool) -> None:
@@ -425,7 +418,6 @@ def write_tiny_gguf(
     tags: Literal["control", "user"] = "control",
     add_bos: bool = False,
     tied: bool = False,
-    says_ascii: bool = False,
     add_eos: bool = False,
     pooling: int | None = None,
     says: Literal["anything", "text", "tags"] = "anything",
@@ -444,16 +436,16 @@ def write_tiny_gguf(
     ``tags``: whether ``<think>`` and its like are control tokens or user-defined ones.
     ``add_bos``: whether the model asks for a BOS.
     ``tied``: the matrix that reads tokens also makes the logits.
-    ``says_ascii``: the logits of all other tokens than printable ASCII are zero, far from the 40
-    largest: random weights would say bytes that are no text, and none that survives a rendering.
     ``add_eos``: whether the model asks for an EOS behind a text. ``pooling``: how its embeddings
-    are pooled, a number of llama.h. ``says``: what is drawn, with a ``min_p``: any token, printable
-    ASCII alone, or that and tags. ``says_causal``: whether bert's metadata says that its attention
-    is not causal. ``vocab_only``: leave all tensors out. ``width``: how many times as wide the
-    hybrid, recurrent and sliding-window models' layers are, for benchmarks. ``vocabulary_least``:
-    how many tokens there are at least; most of them are then never used. ``hybrid_window``: tokens
-    of a sliding window of lfm2's attention; 0: it has none. ``rope_scale``: by how much positions
-    are scaled down.
+    are pooled, a number of llama.h.
+    ``says``: what is drawn greedily or with a ``min_p``: any token; printable ASCII alone, where
+    the logits of others are zero, far from the 40 largest; or that and tags. Random weights would
+    say bytes that are no text, and none that survives a rendering. ``says_causal``: whether bert's
+    metadata says that its attention is not causal. ``vocab_only``: leave all tensors out.
+    ``width``: how many times as wide the hybrid, recurrent and sliding-window models' layers are,
+    for benchmarks. ``vocabulary_least``: how many tokens there are at least; most of them are then
+    never used. ``hybrid_window``: tokens of a sliding window of lfm2's attention; 0: it has none.
+    ``rope_scale``: by how much positions are scaled down.
     """
     tag_type = _USER_DEFINED if tags == "user" else _CONTROL
     vocabulary = _vocabulary(tag_type, vocabulary_least)
@@ -485,10 +477,7 @@ def write_tiny_gguf(
     d = _BUILDERS[arch](writer, weights, shape)
     weights.matrix("token_embd.weight", d, shape.n_vocab, float(np.sqrt(d)))
     if arch != "bert":
-        if says_ascii:
-            keep = [_is_ascii(*token) for token in vocabulary]
-            weights.matrix("output.weight", d, shape.n_vocab, 3.0, keep=keep)
-        elif not tied:
+        if not tied:
             weights.output(d, [_gain(token, says) for token, _ in vocabulary])
         norm = "token_embd_norm.weight" if arch == "lfm2" else "output_norm.weight"
         weights.vector(norm, d)

@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import os
 import random
 import signal
@@ -47,6 +48,7 @@ _LARGE: Final = 3 << 20
 _YEAR_NS: Final = 365 * 24 * 3600 * 10**9
 _PATIENCE_S: Final = 30.0
 _GLANCE_S: Final = 0.1
+_WRITERS: Final = 8
 
 _ABILITIES: Final[dict[type, tuple[str, ...]]] = {
     ChangesQuota: ("set_quota",),
@@ -309,6 +311,36 @@ class TierConformance(ConformanceKit, abc.ABC):
             assert absent(tier, large.object_id)
             assert tier.usage().used_bytes == used
             assert read(tier, small.object_id) == small.data
+        finally:
+            tier.close()
+
+    def test_writers_share_one_quota(self, subject: TierSubject) -> None:
+        """Threads that store at once do not each find the same room: what is there fits.
+
+        If this fails: between looking for room and taking it another writer takes it too, and
+        the store outgrows its quota when the cache is busiest.
+        """
+        if not subject.enforces_quota:
+            pytest.skip("the subject says that its store has no quota of its own")
+        things = [make_object(number, 1000) for number in range(_WRITERS)]
+        quota = (_WRITERS // 2) * things[0].size
+        together = threading.Barrier(_WRITERS)
+        tier = subject.open(quota)
+
+        def store(thing: StoredObject) -> None:
+            together.wait(_PATIENCE_S)
+            with contextlib.suppress(TierFull):
+                tier.put(thing.object_id, [thing.head, thing.payload])
+
+        try:
+            for _ in range(5):
+                with ThreadPoolExecutor(_WRITERS) as threads:
+                    list(threads.map(store, things))
+                stored = [thing for thing in things if not absent(tier, thing.object_id)]
+                assert sum(thing.size for thing in stored) <= quota
+                assert 0 < tier.usage().used_bytes <= quota
+                for thing in stored:
+                    tier.delete(thing.object_id)
         finally:
             tier.close()
 

@@ -39,6 +39,8 @@ from erllama_core.errors import (
     ConfigError,
     ConfigProblem,
     EngineClosed,
+    ErllamaError,
+    TierError,
     unknown_name,
 )
 from erllama_core.host import PluginHost
@@ -51,12 +53,15 @@ from erllama_core.interfaces.telemetry import (
     PressureSampled,
     RequestFinished,
 )
+from erllama_core.interfaces.tier import Tier
 from erllama_core.model.footprint import set_aside
 from erllama_core.model.loading import open_model
 from erllama_core.model.model import Model, ModelRef, PromptLike, ReplySetup
 from erllama_core.model.options import ReplyKwargs, RequestKwargs
 from erllama_core.pressure.monitor import Monitor
 from erllama_core.prompt import Prompt
+from erllama_core.providers import check_made
+from erllama_core.registry import one_line
 from erllama_core.results import (
     AdapterInfo,
     CacheHit,
@@ -592,11 +597,18 @@ def open_tier(plugins: PluginHost, config: TierConfig, *, path: str = "") -> Nam
     """A tier as its table describes it, for an engine or for a :class:`Cache` alone.
 
     ``path`` goes before the paths of configuration problems. Raises ConfigError, PluginError,
-    TierError.
+    TierError, OSError.
     """
     provider = plugins.get("tier", config.kind)
     options = structure_options(provider.config, config.options, path)
-    return NamedTier(config.name, config.kind, provider.factory(options))
+    try:
+        tier = check_made(provider.factory(options), Tier)
+    except (ErllamaError, OSError):
+        raise
+    except Exception as error:
+        reason = one_line(error)
+        raise TierError(f"the tier kind {config.kind!r} could not open it: {reason}") from error
+    return NamedTier(config.name, config.kind, tier)
 
 
 def _close_at_exit(engine: Engine, pid: int) -> None:

@@ -11,7 +11,7 @@ from erllama_core.config.structuring import dotted
 from erllama_core.errors import PluginUnavailable
 from erllama_core.host import PluginHost
 from erllama_core.interfaces.pressure import PressureSource
-from erllama_core.providers import PressureProvider, Unavailable
+from erllama_core.providers import PressureProvider, Unavailable, check_made
 
 
 def pressure_sources(
@@ -37,5 +37,4 @@ def _open(provider: PressureProvider, options: Any) -> PressureSource:
     answer = provider.probe()
     if isinstance(answer, Unavailable):
         raise PluginUnavailable(answer.reason)
-    source: PressureSource = provider.factory(options)
-    return source
+    return check_made(provider.factory(options), PressureSource)

@@ -32,7 +32,7 @@ from erllama_core.model.fingerprint import (
 )
 from erllama_core.model.model import ModelParts, ReplySetup
 from erllama_core.model.worker import Worker, WorkerOptions
-from erllama_core.providers import BackendProvider
+from erllama_core.providers import BackendProvider, check_made
 
 NO_FILE: Final = bytes(32)
 """Fingerprint of a model without a file; its backend's identity says what it is."""
@@ -152,7 +152,7 @@ def _model_file(path: Path) -> Path:
 
 def _call_factory(provider: BackendProvider, request: BackendRequest) -> BackendModel:
     try:
-        return provider.factory(request)
+        return check_made(provider.factory(request), BackendModel)
     except ErllamaError:
         raise
     except Exception as error:

@@ -18,7 +18,7 @@ from erllama_core.interfaces.stream import (
     StreamProcessor,
     TextDelta,
 )
-from erllama_core.providers import StreamProcessorProvider
+from erllama_core.providers import StreamProcessorProvider, check_made
 
 
 class Feed(Protocol):
@@ -183,10 +183,13 @@ def _drop(token: int, data: bytes, channel: Channel) -> None:
 
 def _make(stage: Stage, request: ProcessorRequest) -> StreamProcessor | None:
     try:
-        return stage.provider.factory(request)
+        made = stage.provider.factory(request)
+        if made is not None:
+            check_made(made, StreamProcessor)
     except ErllamaError:
         raise
     except Exception as error:
         raise PluginFailed(
             f"the stream processor {stage.provider.name!r} could not be made: {error!r}"
         ) from error
+    return made

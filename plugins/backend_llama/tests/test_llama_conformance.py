@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from erllama_core.conformance import BackendConformance, BackendSubject
-from erllama_core.interfaces.backend import ContextOptions
+from erllama_core.host import PluginHost
+from erllama_core.interfaces.backend import BackendModel, BackendRequest, ContextOptions
 from tiny_gguf import write_tiny_lora
 
 N_VOCAB = 288
@@ -27,19 +27,21 @@ class OfTinyModels(BackendConformance):
     rounding = 0.06
 
     @pytest.fixture
-    def subject(self, tiny: Tiny, load: Callable[..., Any]) -> BackendSubject:
+    def subject(self, tiny: Tiny) -> BackendSubject:
         path = tiny(self.arch)
-        chosen = ContextOptions(n_ctx=512, n_seq_max=3, n_batch=512)
+        provider = PluginHost().get("backend", "llama")
+        chosen = ContextOptions(
+            n_ctx=512,
+            n_seq_max=3,
+            n_batch=512,
+            n_threads=1,
+            flash_attn=self.flash_attn,
+            swa_full=self.swa_full,
+        )
 
-        def open_model(options: ContextOptions) -> Any:
-            return load(
-                path,
-                n_ctx=options.n_ctx,
-                n_seq_max=options.n_seq_max,
-                n_batch=options.n_batch,
-                kv_unified=options.kv_unified,
-                flash_attn=self.flash_attn,
-                swa_full=self.swa_full,
+        def open_model(context: ContextOptions) -> BackendModel:
+            return provider.factory(
+                BackendRequest(model_path=path, options=provider.config(), context=context)
             )
 
         def write_adapter(file: Path) -> None:

@@ -2,45 +2,54 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import pytest
 
-from erllama_backend_stub import StubModel, StubOptions, open_model
 from erllama_core.conformance import BackendConformance, BackendSubject
-from erllama_core.interfaces.backend import BackendRequest, ContextOptions
+from erllama_core.host import PluginHost
+from erllama_core.interfaces.backend import BackendModel, BackendRequest, ContextOptions
 
 
-def subject(**options: Any) -> BackendSubject:
-    def load(context: ContextOptions) -> StubModel:
-        return open_model(
-            BackendRequest(model_path=None, options=StubOptions(**options), context=context)
+class OfTheStub(BackendConformance):
+    """Models without weights; each class other options."""
+
+    __test__ = False
+    model_opts: ClassVar[Mapping[str, Any]]
+
+    @pytest.fixture
+    def subject(self) -> BackendSubject:
+        provider = PluginHost().get("backend", "stub")
+        options = provider.config(**self.model_opts)
+
+        def load(context: ContextOptions) -> BackendModel:
+            return provider.factory(
+                BackendRequest(model_path=None, options=options, context=context)
+            )
+
+        return BackendSubject(
+            load=load, write_adapter=lambda path: path.write_bytes(b"stub adapter\n")
         )
 
-    return BackendSubject(load=load, write_adapter=lambda path: path.write_bytes(b"stub adapter\n"))
+
+class TestStub(OfTheStub):
+    __test__ = True
+    model_opts: ClassVar = {"add_bos": True}
 
 
-class TestStub(BackendConformance):
-    @pytest.fixture
-    def subject(self) -> BackendSubject:
-        return subject(add_bos=True)
+class TestStubCheckpoint(OfTheStub):
+    __test__ = True
+    model_opts: ClassVar = {"kv_class": "checkpoint"}
 
 
-class TestStubCheckpoint(BackendConformance):
-    @pytest.fixture
-    def subject(self) -> BackendSubject:
-        return subject(kv_class="checkpoint")
+class TestStubWhole(OfTheStub):
+    __test__ = True
+    model_opts: ClassVar = {"kv_class": "whole"}
 
 
-class TestStubWhole(BackendConformance):
-    @pytest.fixture
-    def subject(self) -> BackendSubject:
-        return subject(kv_class="whole")
-
-
-class TestStubWindow(BackendConformance):
+class TestStubWindow(OfTheStub):
     """As with a sliding window: long blocks are refused."""
 
-    @pytest.fixture
-    def subject(self) -> BackendSubject:
-        return subject(max_block_tokens=64)
+    __test__ = True
+    model_opts: ClassVar = {"max_block_tokens": 64}

@@ -8,7 +8,6 @@ import pytest
 
 from erllama_core.conformance import PressureConformance, PressureSubject
 from erllama_core.host import PluginHost
-from erllama_pressure_system.options import PsiOptions
 from erllama_pressure_system.stalls import PsiPressure
 
 
@@ -22,10 +21,11 @@ class TestSystem(PressureConformance):
 class TestPsi(PressureConformance):
     @pytest.fixture
     def subject(self, tmp_path: Path) -> PressureSubject:
+        options = PluginHost().registry.find("pressure", "psi").config()
         file = tmp_path / "memory"
         file.write_text("some avg10=1.50 avg60=1.00 avg300=0.50 total=123\n")
 
         def make(host: Path = file) -> PsiPressure:
-            return PsiPressure(PsiOptions(), host=host, proc_self=tmp_path)
+            return PsiPressure(options, host=host, proc_self=tmp_path)
 
         return PressureSubject(make, broken=lambda: make(tmp_path / "missing"))

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from erllama_core.conformance import TierConformance, TierSubject
+from erllama_core.host import PluginHost
 from erllama_core.interfaces.block import ObjectId
 from erllama_tier_disk.store import FileTier
 
@@ -33,11 +34,23 @@ class Files:
         self._path(object_id).unlink()
 
 
-class TestDiskTier(TierConformance):
+class TestDisk(TierConformance):
     @pytest.fixture
     def subject(self, tmp_path: Path) -> TierSubject:
+        provider = PluginHost().get("tier", "disk")
         return TierSubject(
-            lambda quota: FileTier(tmp_path, quota_bytes=quota),
+            lambda quota: provider.factory(provider.config(root=tmp_path, quota_bytes=quota)),
+            survives_close=True,
+            raw=Files(tmp_path),
+        )
+
+
+class TestRamFile(TierConformance):
+    @pytest.fixture
+    def subject(self, tmp_path: Path) -> TierSubject:
+        provider = PluginHost().get("tier", "ram_file")
+        return TierSubject(
+            lambda quota: provider.factory(provider.config(root=tmp_path, quota_bytes=quota)),
             survives_close=True,
             raw=Files(tmp_path),
         )

@@ -8,11 +8,9 @@ import pytest
 import redis
 
 from erllama_core.conformance import TierConformance, TierSubject
+from erllama_core.host import PluginHost
 from erllama_core.interfaces.block import ObjectId
 from erllama_tier_redis.names import Names
-from erllama_tier_redis.options import RedisOptions
-from erllama_tier_redis.server import Server
-from erllama_tier_redis.store import RedisTier
 
 
 class Strings:
@@ -33,12 +31,14 @@ class Strings:
         self._client.delete(self._names.object(object_id))
 
 
-class TestRedisTier(TierConformance):
+class TestRedis(TierConformance):
     @pytest.fixture
     def subject(self, shared_server: Any, client: redis.Redis, prefix: str) -> TierSubject:
-        options = RedisOptions(url=shared_server.url)
+        provider = PluginHost().get("tier", "redis")
         return TierSubject(
-            lambda quota: RedisTier(Server(options), prefix=prefix, quota_bytes=quota),
+            lambda quota: provider.factory(
+                provider.config(url=shared_server.url, prefix=prefix, quota_bytes=quota)
+            ),
             survives_close=True,
             raw=Strings(client, prefix),
         )

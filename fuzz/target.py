@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -74,6 +75,9 @@ class Target:
 def all_targets() -> dict[str, Target]:
     """Every target, by name."""
     found: dict[str, Target] = {}
+    tests = str(Path(__file__).resolve().parent.parent / "tests")
+    if tests not in sys.path:  # helpers that they share
+        sys.path.append(tests)
     for module in _MODULES:
         for target in importlib.import_module(module).TARGETS:
             assert target.name not in found

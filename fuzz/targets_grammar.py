@@ -6,7 +6,7 @@ import json
 import random
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from erllama_core.errors import InvalidGrammar
@@ -44,8 +44,6 @@ def _gbnf() -> Iterator[Run]:
 
 @contextmanager
 def _schema() -> Iterator[Run]:
-    import jsonschema
-
     def run(data: bytes) -> None:
         text = data.decode("utf-8", "replace")
         grammar = _read(compile_schema, text)
@@ -55,15 +53,21 @@ def _schema() -> Iterator[Run]:
         said = some_text(grammar, random.Random(len(data)))
         if said is None:
             return
-        value = json.loads(said)
-        try:
-            jsonschema.Draft202012Validator.check_schema(schema)
-        except jsonschema.SchemaError:
-            return  # e.g. of another draft
-        checker = jsonschema.Draft202012Validator.FORMAT_CHECKER
-        jsonschema.Draft202012Validator(schema, format_checker=checker).validate(value)
+        with suppress(RecursionError):  # of the checker itself, in schemas that refer to others
+            _validate(schema, json.loads(said))
 
     yield run
+
+
+def _validate(schema: Any, value: Any) -> None:
+    import jsonschema
+
+    try:
+        jsonschema.Draft202012Validator.check_schema(schema)
+    except jsonschema.SchemaError:
+        return  # e.g. of another draft
+    checker = jsonschema.Draft202012Validator.FORMAT_CHECKER
+    jsonschema.Draft202012Validator(schema, format_checker=checker).validate(value)
 
 
 def _read(read: Callable[[Any], Grammar], given: Any) -> Grammar | None:

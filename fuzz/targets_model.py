@@ -83,10 +83,10 @@ def _files(check: Callable[[Path], object], use: Callable[[Path], None]) -> Iter
 
     def run(data: bytes) -> None:
         head, _, tensors = data.partition(_SEPARATOR)
-        if tensors:  # how many bytes of them, as they are the most of a file
-            size = min(int.from_bytes(tensors[:4], "little"), 1 << 20)
-            head += bytes(-len(head) % 32) + bytes(range(256)) * (size // 256 + 1)
         path.write_bytes(head)
+        if tensors:  # how many bytes of them, zeros, as they are the most of a file
+            size = min(int.from_bytes(tensors[:4], "little"), 1 << 23)
+            os.truncate(path, len(head) + -len(head) % 32 + size)
         with suppress(ErllamaError):
             check(path)
             end = _fate(use, path)

@@ -49,7 +49,7 @@ long: setup
 fuzz: setup
 	-@$(BIN)/python -c 'import atheris' 2> /dev/null || $(BIN)/python -m pip install --quiet \
 	    --disable-pip-version-check --only-binary atheris 'atheris>=3'
-	$(BIN)/python fuzz/fuzz.py --seconds $(or $(SECONDS),300) $(if $(SEED),--seed $(SEED)) $(TARGETS)
+	$(BIN)/python fuzz/driver.py --seconds $(or $(SECONDS),300) $(if $(SEED),--seed $(SEED)) $(TARGETS)
 
 # Without its peer the benchmark says that it is missing, and measures the rest.
 bench-serving: setup

@@ -132,7 +132,11 @@ def run_guided(target: Target, runner: Runner, seed: int, seconds: float) -> Non
             *("-handle_abrt=0", "-handle_segv=0", "-handle_bus=0", "-handle_fpe=0"),
             *("-handle_ill=0", "-print_final_stats=0", f"-artifact_prefix={work}/"),
         ]
-        atheris.Setup([sys.argv[0], work, *options], lambda data: runner.run(data) or None, custom_mutator=custom)
+        atheris.Setup(
+            [sys.argv[0], work, *options],
+            lambda data: runner.run(data) or None,
+            custom_mutator=custom,
+        )
         atheris.Fuzz()
 
 

@@ -8,17 +8,17 @@ Nothing that is there is changed: inputs that were kept for what they found stay
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
+
+from target import CORPUS
+from targets_model import shortened
+from targets_redis import numbers
+from targets_store import in_memory, made_stores, objects_of
 
 from erllama_core.cache.marks import encode_mark
 from erllama_core.interfaces.backend import Mark
 from erllama_core.model.replay import encode
 from erllama_core.prompt import pack
 from erllama_core.results import Replay
-from target import CORPUS
-from targets_model import shortened
-from targets_redis import numbers
-from targets_store import in_memory, made_stores, objects_of
 from tiny_gguf import ARCHS, write_tiny_gguf, write_tiny_lora
 
 
@@ -60,7 +60,9 @@ def main() -> None:
     name = f"{key}.32.kv".encode()
     stored = numbers(1) + bytes([len(name)]) + name + b"\x02100"
     write("redis", "one", stored + numbers(64) + b"\x04head" + numbers(0) + b"\x03123")
-    write("redis", "log", b"\x00" * 8 + numbers(1, 5, 1, 1) + b"\x03put" + bytes([len(name)]) + name)
+    write(
+        "redis", "log", b"\x00" * 8 + numbers(1, 5, 1, 1) + b"\x03put" + bytes([len(name)]) + name
+    )
     write("redis", "pins", numbers(1) + b"\x20" + b"\xab" * 32)
 
 

@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from target import Run, Target
+
 from erllama_core import Engine
 from erllama_core.errors import InvalidPrompt, TemplateError
-from erllama_core.model.chat import render_chat
 from erllama_core.model import replay
-from target import Run, Target
+from erllama_core.model.chat import render_chat
 
 TEMPLATE = """
 {%- if tools -%}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{%- endif -%}
@@ -60,7 +61,7 @@ def _stub(**options: Any) -> Iterator[Any]:
 @contextmanager
 def _templates() -> Iterator[Run]:
     with _stub() as model:
-        vocabulary = model._backend.vocabulary  # noqa: SLF001 - what the call below needs
+        vocabulary = model._backend.vocabulary
 
         def run(data: bytes) -> None:
             with suppress(TemplateError, InvalidPrompt):
@@ -122,7 +123,15 @@ TARGETS = (
         is_json=True,
         words=(
             *(b'{"role":"user","content":', b'"tool_calls":[', b'"<|im_start|>"', b"[", b"{", b"]"),
-            *(b'"\\ud800"', b"null", b'"id":', b'"signature":"', b'"replay":["a"]', b'"text":', b"}"),
+            *(
+                b'"\\ud800"',
+                b"null",
+                b'"id":',
+                b'"signature":"',
+                b'"replay":["a"]',
+                b'"text":',
+                b"}",
+            ),
         ),
         seconds=12.0,
         base_bytes=320 << 20,

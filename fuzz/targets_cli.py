@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from structlog.testing import capture_logs
-
 from target import Run, Target
 from targets_store import MAGIC, in_memory, made_stores, write_root
 

@@ -6,15 +6,23 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+from target import Run, Target
+from targets_store import in_memory
+
 from erllama_core import PluginHost
 from erllama_core.config.check import examine_loaded
 from erllama_core.config.reading import read_config
 from erllama_core.errors import ConfigError
-from target import Run, Target
-from targets_store import in_memory
 
 WORDS = (
-    *(b"[engine]\n", b"[cache]\n", b"[[tiers]]\n", b"[models.x]\n", b"[pressure]\n", b"[logging]\n"),
+    *(
+        b"[engine]\n",
+        b"[cache]\n",
+        b"[[tiers]]\n",
+        b"[models.x]\n",
+        b"[pressure]\n",
+        b"[logging]\n",
+    ),
     *(b"[plugins]\n", b" = ", b"[", b"{", b"a.", b'"', b'"""', b"'''", b"\\u", b"true", b"inf"),
     *(b"nan", b"1979-05-27", b"0x", b"1_0", b'"50GiB"', b"quota_bytes = ", b"n_ctx = "),
 )

@@ -7,6 +7,8 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+from target import Run, Target
+
 from erllama_core.cache.anchors import DIGEST_BYTES, MAX_ANCHORS
 from erllama_core.cache.marks import decode_mark, encode_mark
 from erllama_core.cache.scan import entry_of
@@ -21,7 +23,6 @@ from erllama_core.interfaces.block import (
     verify_object,
 )
 from erllama_core.model import replay
-from target import Run, Target
 
 _LENGTHS = struct.Struct("<III")  # lead tokens, alignment, bytes of JSON
 _CHECKSUM = 16

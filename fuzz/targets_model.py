@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from erllama_core.errors import ErllamaError, ModelLoadError
-from erllama_core.model.gguf import read_layout
 from target import Run, Target
 from targets_store import in_memory
+
+from erllama_core.errors import ErllamaError, ModelLoadError
+from erllama_core.model.gguf import read_layout
 
 _WORDS = (
     *(b"GGUF", b"general.alignment", b"general.architecture", b"tokenizer.ggml.tokens", b"llama."),
@@ -43,7 +44,7 @@ def _model_file() -> Iterator[Run]:
     from erllama_backend_llama.model_check import check_model
     from llama_user import use
 
-    with _files(lambda path: check_model(path), use) as run:
+    with _files(check_model, use) as run:
         yield run
 
 

@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from target import Run, Target
+
 from erllama_core.errors import CacheError
 from erllama_core.interfaces.block import ObjectId, ObjectKind
-from target import Run, Target
+from erllama_tier_redis import scripts
 
 _ID = ObjectId(ObjectKind.KV, 0, b"\xab" * 32)
 
@@ -41,8 +43,10 @@ class _Said:
     def run(self, _what: str, commands: Callable[[Any], Any]) -> Any:
         return commands(self)
 
-    def script(self, _code: str) -> Callable[..., Any]:
-        return lambda **_: [self._number(), self._number()]
+    def script(self, code: str) -> Callable[..., Any]:
+        if code in {scripts.PUT, scripts.DELETE}:
+            return lambda **_: [self._number(), self._number()]
+        return lambda **_: self._number()
 
     def close(self) -> None:
         """Nothing to close."""

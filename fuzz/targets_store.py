@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from structlog.testing import capture_logs
+from target import Run, Target
+from targets_format import resealed
 
 from erllama_core import Engine
 from erllama_core.errors import BlockNotFound, CacheError, CorruptBlock
 from erllama_core.interfaces.block import decode_header
-from target import Run, Target
-from targets_format import resealed
 
 MAGIC = b"ERLLAMA\0"
 PROMPT = "The lamp was lit for the first time in the autumn, and all of them came to see it."
@@ -26,7 +26,7 @@ FORGED = b"F"
 
 def in_memory() -> Path:
     """A folder of this process's, in memory where there is such a place."""
-    shm = Path("/dev/shm")  # noqa: S108 - where it is
+    shm = Path("/dev/shm")
     return Path(tempfile.mkdtemp(prefix="erllama-fuzz-", dir=shm if shm.is_dir() else None))
 
 

@@ -59,7 +59,7 @@ def watched(target: Target) -> Iterator[Watched]:
     with target.open() as run:
         made = Watched(target, run)
         hooks = threading.excepthook, sys.unraisablehook
-        threading.excepthook, sys.unraisablehook = made._note, made._note  # noqa: SLF001 - here
+        threading.excepthook, sys.unraisablehook = made._note, made._note
         try:
             yield made
         finally:

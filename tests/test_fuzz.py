@@ -8,10 +8,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import pytest
-
+import driver
 import findings
-import fuzz
+import pytest
 from child import Progress, progress
 from mutation import mutated
 from target import MOST_BYTES, Run, Target, all_targets
@@ -32,7 +31,7 @@ def test_a_reader_survives_its_seeds_and_what_is_made_of_them(
         pytest.skip(f"{target.missing} is not installed")
     if target.native:
         monkeypatch.setattr(findings, "FINDINGS", tmp_path)
-        runs, new = fuzz.run_target(target, 60.0, 1, "none", most_runs=target.quick_runs)
+        runs, new = driver.run_target(target, 60.0, 1, "none", most_runs=target.quick_runs)
         assert runs >= target.quick_runs
         assert not new, [path.read_text() for path in tmp_path.glob("*/*.txt")]
         return
@@ -46,15 +45,15 @@ def test_a_reader_survives_its_seeds_and_what_is_made_of_them(
             changed = mutated(rng, rng.choice(seeds), seeds, target.words, is_json=target.is_json)
             try:
                 opened.run(changed)
-            except BaseException:
+            except BaseException as error:
                 (tmp_path / "input").write_bytes(changed)
-                print(f"python fuzz/fuzz.py {name} --input {tmp_path / 'input'}")
+                error.add_note(f"python fuzz/driver.py {name} --input {tmp_path / 'input'}")
                 raise
 
 
 def test_every_folder_of_the_corpus_is_a_target_s() -> None:
     """Seeds are small, and none lies where nobody reads it."""
-    corpus = Path(fuzz.__file__).parent / "corpus"
+    corpus = Path(driver.__file__).parent / "corpus"
     assert {path.name for path in corpus.iterdir()} <= set(TARGETS)
     assert all(path.stat().st_size <= MOST_BYTES for path in corpus.glob("*/*"))
 
@@ -116,15 +115,15 @@ def test_a_process_that_is_ended_leaves_its_input(
 ) -> None:
     """Native code that aborts is a finding, with the very bytes, and the target goes on."""
     (tmp_path / "child.py").write_text(
-        f"import os, sys; sys.path[:0] = {[str(Path(fuzz.__file__).parent)]!r}\n"
+        f"import os, sys; sys.path[:0] = {[str(Path(driver.__file__).parent)]!r}\n"
         "from pathlib import Path\n"
         "from child import Progress\n"
         "Progress(Path(sys.argv[2])).note(7, 0, b'deadly' + sys.argv[6].encode())\n"
         "os.abort()\n"
     )
-    monkeypatch.setattr(fuzz, "_HERE", tmp_path)
+    monkeypatch.setattr(driver, "_HERE", tmp_path)
     monkeypatch.setattr(findings, "FINDINGS", tmp_path / "found")
-    assert fuzz.run_target(sick(spin), 60.0, 3, "none", most_runs=1) == (7, 1)
+    assert driver.run_target(sick(spin), 60.0, 3, "none", most_runs=1) == (7, 1)
     (found,) = (tmp_path / "found" / "sick").glob("killed-by-signal-6-*[!t]")
     assert found.read_bytes() == b"deadly3"
 

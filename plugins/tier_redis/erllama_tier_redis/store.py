@@ -363,9 +363,9 @@ class RedisTier:
             number = int(used)
         except ValueError as error:
             raise TierError(
-                f"{self._server.place}: {self._names.bytes} holds {used[:40]!r}, which is no number "
-                "of bytes; something else than erllama has written it. Delete all keys that begin "
-                "with the tier's prefix, or choose another prefix"
+                f"{self._server.place}: {self._names.bytes} holds {used!r:.60}, which is no "
+                "number of bytes; something else than erllama has written it. Delete all keys that "
+                "begin with the tier's prefix, or choose another prefix"
             ) from error
         with self._lock:
             self._used = number

@@ -1,7 +1,7 @@
 """Fuzz what reads foreign bytes, for a bounded time.
 
-    python fuzz/fuzz.py [TARGET ...] [--seconds 300] [--seed 1] [--guide auto|atheris|none]
-    python fuzz/fuzz.py TARGET --input FILE      # what one input does, with its traceback
+    python fuzz/driver.py [TARGET ...] [--seconds 300] [--seed 1] [--guide auto|atheris|none]
+    python fuzz/driver.py TARGET --input FILE      # what one input does, with its traceback
 
 The targets share the time. Each runs in processes of its own, so that one that is ended by native
 code, or hangs, is noticed and the rest goes on. What is found lies in ``fuzz/findings``, one file

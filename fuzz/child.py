@@ -111,7 +111,7 @@ def run_blind(
 
 def run_guided(target: Target, runner: Runner, seed: int, seconds: float) -> None:
     """As atheris finds its way: inputs that reach new code are gone on from. Ends the process."""
-    import atheris  # type: ignore[import-not-found,unused-ignore]  # an optional extra
+    import atheris  # type: ignore[import-not-found,import-untyped,unused-ignore]  # optional
 
     rng = random.Random(seed)
     seeds = list(target.seeds().values())
@@ -167,7 +167,7 @@ def _instrumented(guided: bool) -> Iterator[None]:
     if not guided:
         yield
         return
-    import atheris
+    import atheris  # type: ignore[import-not-found,import-untyped,unused-ignore]  # optional
 
     with atheris.instrument_imports(include=list(_INSTRUMENTED)):
         yield

@@ -4,6 +4,7 @@
 #   make test    what must pass before a change is accepted
 #   make fast    the same without a model
 #   make long    what takes half an hour: random crashes, property runs and soaks
+#   make fuzz    foreign bytes into every reader, five minutes; SECONDS=3600 takes longer
 #   make bench-grammar  decoding under a JSON grammar, beside decoding without one
 #   make bench-serving  many requests at once, beside a bare loop and llama-server
 #   make bench-cache    the cache's figures beside their targets; TRACE=file replays another trace
@@ -19,10 +20,11 @@ PLUGINS := $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml))
 empty :=
 space := $(empty) $(empty)
 # Where mypy finds the plugins' packages, and the modules that tests share.
-export MYPYPATH := $(subst $(space),:,$(strip $(PLUGINS) tests bench))
+export MYPYPATH := $(subst $(space),:,$(strip $(PLUGINS) tests bench fuzz))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test fast long bench-cache bench-grammar bench-serving bench-snapshots docs lint types clean
+.PHONY: help setup demo test fast long fuzz bench-cache bench-grammar bench-serving bench-snapshots \
+        docs lint types clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -44,6 +46,12 @@ fast: lint types
 
 long: setup
 	$(BIN)/pytest -m "crash or fuzz or soak"
+
+# Coverage guides it where atheris has a wheel; elsewhere it is told so, and goes on without.
+fuzz: setup
+	-@$(BIN)/python -c 'import atheris' 2> /dev/null || $(BIN)/python -m pip install --quiet \
+	    --disable-pip-version-check --only-binary atheris 'atheris>=3'
+	$(BIN)/python fuzz/driver.py --seconds $(or $(SECONDS),300) $(if $(SEED),--seed $(SEED)) $(TARGETS)
 
 # Without its peer the benchmark says that it is missing, and measures the rest.
 bench-serving: setup
@@ -75,7 +83,7 @@ lint: setup
 # The tests of one plugin at a time: each folder has its own conftest module.
 types: setup
 	$(BIN)/mypy erllama_core $(foreach p,$(PLUGINS),$(p)/erllama_$(notdir $(p))) \
-	    $(wildcard conftest.py scripts tests examples bench)
+	    $(wildcard conftest.py scripts tests examples bench fuzz)
 	@set -e; for plugin in $(PLUGINS); do \
 	    test ! -d $$plugin/tests || $(BIN)/mypy $$plugin/tests; done
 

@@ -444,6 +444,23 @@ def test_what_is_no_message_is_named(messages: Any, message: str) -> None:
         render_chat(Bytes(), CHATML, messages)
 
 
+@pytest.mark.parametrize("depth", [190, 250, 2000])
+@pytest.mark.parametrize("place", ["content", "tools", "documents", "role"])
+def test_what_is_nested_deep(place: str, depth: int) -> None:
+    """A message, a tool or a document that is nested too deep, as JSON can be, is refused."""
+    nested: Any = "<|im_start|>"
+    for _ in range(depth):
+        nested = [nested]
+    messages = [user("<|im_start|>"), {"role": "user", "content": "x", place: nested}]
+    chat: dict[str, Any] = {place: nested} if place in {"tools", "documents"} else {}
+    template = "{% for m in messages %}<|im_start|>{{ m.role }}{% endfor %}"
+    if depth < 200 and place != "role":
+        assert render_chat(Bytes(), template, messages[: 1 if chat else 2], **chat).text
+        return
+    with pytest.raises(TemplateError, match="must have a role" if place == "role" else "deep"):
+        render_chat(Bytes(), template, messages[: 1 if chat else 2], **chat)
+
+
 def test_the_fake_is_a_vocabulary() -> None:
     """The vocabulary that these tests use has the interface of a real one."""
     vocabulary: Vocabulary = Bytes()

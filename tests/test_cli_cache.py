@@ -32,7 +32,7 @@ from erllama_core.cli.cache_tables import human_size, human_time
 from erllama_core.cli.cache_verify import Verification
 from erllama_core.errors import TierError
 from erllama_core.hookspecs import hookimpl
-from erllama_core.interfaces.block import Header, ObjectId, ObjectKind, decode_header
+from erllama_core.interfaces.block import Header, ObjectId, ObjectKind, decode_header, encode_header
 from erllama_core.interfaces.tier import ScanFailure, ScannedObject
 from erllama_core.prompt import pack
 from erllama_core.providers import TierProvider
@@ -363,6 +363,46 @@ def test_verify_tells_of_what_is_no_object(root: Path) -> None:
     assert (failure["tier"], failure["location"]) == ("disk", str(foreign))
     assert report["damaged"] == []
     assert foreign.exists()
+
+
+@pytest.mark.parametrize("command", LOOKING)
+@pytest.mark.parametrize("name", [b"\xff\xfe.kvc", b"\x1b[2Jgone", b"two\nlines\tand more"])
+def test_names_that_are_no_text(root: Path, command: str, name: bytes) -> None:
+    """A file of any name is listed; it neither stops the command nor steers the terminal."""
+    with open(os.fsencode(files(root)[0].parent) + b"/" + name, "wb"):  # noqa: PTH123 - bytes
+        pass
+    result = run(command, "--root", root)
+    assert result.exit_code == (1 if command == "verify" else 0), result.output
+    assert "\x1b" not in result.stdout
+    (line,) = [one for one in result.stdout.splitlines() if "no object" in one] or [""]
+    shown = {"\x1b[2Jgone": "\u241b[2Jgone", "two\nlines\tand more": "two\u240alines\u2409and more"}
+    assert command != "verify" or shown.get(os.fsdecode(name), "\\udcff\\udcfe.kvc") in line
+
+
+def test_a_header_does_not_steer_the_terminal(root: Path) -> None:
+    """What a forged header says, with right checksums, is shown and not obeyed."""
+    path = files(root)[0]
+    header = decode_header(path.read_bytes())
+    payload = path.read_bytes()[header.header_bytes :]
+    path.write_bytes(
+        encode_header(
+            kind=header.kind,
+            start=header.start,
+            end=header.end,
+            namespace=header.namespace,
+            key=header.key,
+            segment_key=header.segment_key,
+            lead_tokens=header.lead_tokens,
+            tokens=header.tokens,
+            align_tokens=header.align_tokens,
+            payload=payload,
+            info={"save_reason": "\x1b]0;title\x07\ud800"},
+        )
+        + payload
+    )
+    result = run("ls", "--root", root)
+    assert result.exit_code == 0, result.output
+    assert "\u241b]0;title\u2407\\ud800" in result.stdout
 
 
 # ------------------------------------------------------------------ gc and evict

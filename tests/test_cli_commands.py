@@ -247,3 +247,15 @@ def test_a_command_of_another_module(
     group.add_lazy_command("late", "late_command:late")
     assert "late_command" not in sys.modules
     assert runner.invoke(group, ["late"]).output == "here\n"
+
+
+def test_why_wants_text(tmp_path: Path) -> None:
+    """A prompt that is not UTF-8 is refused with the file, the byte and the option."""
+    config, prompt = tmp_path / "erllama.toml", tmp_path / "prompt.bin"
+    config.write_text('[models.stub]\nbackend = "stub"\n')
+    prompt.write_bytes(b"text \xff")
+    arguments = ["--config", str(config), "--model", "stub", "--prompt-file", str(prompt)]
+    result = CliRunner().invoke(app, ["why", *arguments])
+    assert result.exit_code == 2
+    assert "not UTF-8 at byte 5" in result.output
+    assert "--prompt-file" in result.output

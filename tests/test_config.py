@@ -150,6 +150,10 @@ def test_configuration_can_be_pickled() -> None:
         (b"a = 1\n\nb = = 2\n", "line 3", "not TOML"),
         (b"a = 1\na = 2\n", "line 2", "not TOML"),
         (b"\xff\xfe", "byte 0", "UTF-8"),
+        (b"a = " + b"9" * 5000, "TOML", "cannot be read"),
+        (b"a = " + b"[" * 5000, "TOML", "deep"),
+        (b"a" + b".a" * 3000 + b" = 1", "(top)", "more than 64 deep"),
+        (b"[cache]\na = " + b"[" * 70 + b"]" * 70, "(top)", "more than 64 deep"),
     ],
 )
 def test_not_toml(tmp_path: Path, text: bytes, place: str, words: str) -> None:
@@ -162,6 +166,14 @@ def test_not_toml(tmp_path: Path, text: bytes, place: str, words: str) -> None:
     assert problem.path.startswith(place)
     assert words in problem.message
     assert caught.value.source == str(file)
+
+
+def test_a_mapping_that_holds_itself() -> None:
+    """What has no end is refused, however many ways lead into it."""
+    table: dict[str, Any] = {}
+    table["cache"] = table["models"] = {"a": table, "b": [table, table]}
+    with pytest.raises(ConfigError, match="more than 64 deep"):
+        load_config(table, environ={})
 
 
 @pytest.mark.parametrize("name", ["missing.toml", "."])
@@ -567,6 +579,12 @@ def test_environment_overrides() -> None:
     assert config.pressure.enabled
 
 
+def test_a_variable_of_many_levels() -> None:
+    """A variable's name can be long; it leads no deeper than any option is."""
+    (line,) = problems({}, **{"ERLLAMA_CACHE" + "__A" * 20_000: "1"}).values()
+    assert "20001 levels; 64 at most" in line
+
+
 @pytest.mark.parametrize(
     ("variable", "words"),
     [
@@ -614,6 +632,9 @@ def test_process_environment_is_the_default(monkeypatch: pytest.MonkeyPatch) -> 
         ("", ""),
         ("1\nother = 2", "1\nother = 2"),
         ("2024-01-01", "2024-01-01"),
+        ("9" * 5000, "9" * 5000),
+        ("[" * 5000, "[" * 5000),
+        ("{" + "a." * 3000 + "a = 1}", "{" + "a." * 3000 + "a = 1}"),
     ],
 )
 def test_value_of_a_variable(text: str, value: object) -> None:

@@ -26,7 +26,7 @@ from erllama_core.errors import (
 )
 from erllama_core.hookspecs import hookimpl
 from erllama_core.host import PluginHost
-from erllama_core.interfaces.block import Bytes, ObjectId
+from erllama_core.interfaces.block import Bytes, ObjectId, decode_header, encode_header
 from erllama_core.interfaces.stream import Channel, ProcessorRequest
 from erllama_core.interfaces.tier import Allocate, ScanFailure, ScannedObject, TierUsage
 from erllama_core.providers import (
@@ -101,6 +101,61 @@ def test_damaged_files_are_dropped_and_counted(tmp_path: Path, how: str, kv_clas
                 assert again.generated == expected.generated
             assert again.cache_hit_kind == "exact"
         assert not [entry for entry in logs if entry["log_level"] == "error"]
+
+
+def forge(path: Path, change: Callable[[bytes], bytes]) -> None:
+    """Change an object's payload, with the checksums that belong to it."""
+    data = path.read_bytes()
+    header = decode_header(data)
+    payload = change(data[header.header_bytes :])
+    assert len(payload) == header.payload_bytes
+    head = encode_header(
+        kind=header.kind,
+        start=header.start,
+        end=header.end,
+        namespace=header.namespace,
+        key=header.key,
+        segment_key=header.segment_key,
+        lead_tokens=header.lead_tokens,
+        tokens=header.tokens,
+        align_tokens=header.align_tokens,
+        payload=payload,
+        info=header.info,
+    )
+    path.write_bytes(head + payload)
+
+
+FORGERIES: dict[str, Callable[[bytes], bytes]] = {
+    "tokens outside the vocabulary": lambda p: (
+        p[:16] + b"\xff\xff\xff\x7f" * (len(p) // 8 - 2) + p[16 + (len(p) - 16) // 2 :]
+    ),
+    "another vocabulary": lambda p: p[:4] + (1 << 20).to_bytes(4, "little") + p[8:],
+    "no numbers": lambda p: p[: 16 + (len(p) - 16) // 2] + b"\0\0\xc0\x7f" * (len(p) // 8 - 2),
+}
+"""Payloads of marks that are structurally right."""
+
+
+@pytest.mark.parametrize("kv_class", KV_CLASSES)
+@pytest.mark.parametrize("how", FORGERIES)
+def test_forged_logits_are_computed_anew(tmp_path: Path, how: str, kv_class: str) -> None:
+    """Logits with right checksums that cannot be this model's fail no request; met twice, they
+    are removed.
+    """
+    prompt = "The lamp was lit for the first time in the autumn, and all of them came to see it."
+    with make_engine(tmp_path) as engine:
+        model = load_stub(engine, tier=["disk"], kv_class=kv_class)
+        cold = model.complete(prompt, response_tokens=4)
+    marks = list(tmp_path.rglob("*.logits.kvc"))
+    assert marks
+    for path in marks:
+        forge(path, FORGERIES[how])
+    with make_engine(tmp_path) as engine:
+        model = load_stub(engine, tier=["disk"], kv_class=kv_class)
+        assert engine.cache.wait_scanned(10)
+        for rejected in (1, 2, 2):
+            assert model.complete(prompt, response_tokens=4).generated == cold.generated
+            assert engine.cache.counters().state_rejected == rejected
+            engine.cache.flush()
 
 
 def test_an_unwritable_root_is_one_warning(tmp_path: Path) -> None:

@@ -344,7 +344,8 @@ def test_a_payload_that_contradicts_itself_is_corrupt() -> None:
     turn = Replay(generated=(1, 2), data=b"\xffab", reply="a\ufffd\ud800", prompt_end=(3,))
     payload = replay_module.encode(turn)
     assert replay_module.decode(payload) == turn
-    for damaged in (payload[:-1], payload + b"x", payload[:10], b"", payload[4:]):
+    not_utf8 = payload[:-1] + b"\xff"
+    for damaged in (payload[:-1], payload + b"x", payload[:10], b"", payload[4:], not_utf8):
         with pytest.raises(CorruptBlock):
             replay_module.decode(damaged)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import io
+import sys
 from typing import Any, Final
 
 import click
@@ -70,6 +72,9 @@ _COMMANDS: Final = {
 def app(debug: bool) -> None:
     """Run GGUF models and never compute the same prompt prefix twice."""
     del debug  # read by LazyGroup.invoke
+    # The names of files and variables need not be text.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 assert isinstance(app, LazyGroup)

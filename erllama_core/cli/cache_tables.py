@@ -14,8 +14,11 @@ from rich.text import Text
 from erllama_core.cli.cache_stats import TierStats
 from erllama_core.cli.cache_survey import Listed
 from erllama_core.cli.cache_verify import Verification
+from erllama_core.cli.console import PICTURES
 
 _SHORT_KEY: Final = 12
+_PICTURES: Final = {**PICTURES, ord("\n"): "\u240a", ord("\t"): "\u2409"}
+"""A cell is one line, and what a file's name or a header says steers no terminal."""
 _COLUMNS: Final = 4096
 """Wider than any table. A table that is wider than the terminal is better wrapped by that than
 robbed of a column, and a pipe has a line for each object."""
@@ -130,7 +133,7 @@ def _table(*titles: str) -> Table:
 
 def _add(table: Table, *cells: str) -> None:
     # As Text: paths may hold what rich takes for markup.
-    table.add_row(*(Text(cell) for cell in cells))
+    table.add_row(*(Text(cell.translate(_PICTURES)) for cell in cells))
 
 
 def _or_dash(value: object) -> str:

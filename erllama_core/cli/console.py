@@ -8,7 +8,7 @@ import io
 import sys
 from typing import Final
 
-_PICTURES: Final = {
+PICTURES: Final = {
     **{code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\n\t"},
     0x7F: "\u2421",
     **dict.fromkeys(range(0x80, 0xA0), "\ufffd"),
@@ -50,12 +50,12 @@ class Console:
 
     def reply(self, text: str) -> None:
         """A piece of a reply, at once."""
-        self._write(text.translate(_PICTURES) if self._on_terminal else text)
+        self._write(text.translate(PICTURES) if self._on_terminal else text)
 
     def aside(self, text: str) -> None:
         """A piece of what a model thinks: for a terminal alone."""
         if self._on_terminal:
-            self._write(f"{_DIM}{text.translate(_PICTURES)}{_PLAIN}")
+            self._write(f"{_DIM}{text.translate(PICTURES)}{_PLAIN}")
 
     def end_reply(self) -> None:
         """The next thing begins on a line of its own."""
@@ -64,7 +64,7 @@ class Console:
 
     def line(self, text: str) -> None:
         """Something that was asked for."""
-        self._write(f"{text.translate(_PICTURES) if self._on_terminal else text}\n")
+        self._write(f"{text.translate(PICTURES) if self._on_terminal else text}\n")
 
     def remark(self, text: str) -> None:
         """Something that nobody asked for, and that a person likes to know."""

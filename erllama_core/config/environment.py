@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import attrs
 
-from erllama_core.config.structuring import dotted, plain
+from erllama_core.config.structuring import MOST_NESTING, dotted, nested_beyond, plain
 from erllama_core.errors import ConfigProblem, nearest
 
 PREFIX: Final = "ERLLAMA_"
@@ -71,10 +71,12 @@ def parse_value(text: str) -> Any:
     """A variable's value: what TOML makes of it, the text itself when that is nothing."""
     try:
         parsed = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):  # also an integer of too many digits
         return text
     # A value with a line break can hold further keys; a date is no value of any option.
     if set(parsed) != {"value"} or isinstance(parsed["value"], dt.date | dt.time):
+        return text
+    if nested_beyond(parsed, MOST_NESTING):
         return text
     return parsed["value"]
 
@@ -87,6 +89,8 @@ def _assign(table: dict[str, Any], levels: list[str], value: Any) -> tuple[str |
     """Set the value; where it went. Raises _NoSuchPlace."""
     if not all(levels):
         raise _NoSuchPlace(f"there is nothing between two {_SEPARATOR!r}, or after the last")
+    if len(levels) > MOST_NESTING:
+        raise _NoSuchPlace(f"{len(levels)} levels; {MOST_NESTING} at most")
     inner: Any = table
     keys: list[str | int] = []
     for position, level in enumerate(levels):

@@ -22,7 +22,13 @@ from erllama_core.config.classes import (
     TierConfig,
 )
 from erllama_core.config.environment import overlay
-from erllama_core.config.structuring import dotted, structure_valid_part, unknown_key
+from erllama_core.config.structuring import (
+    MOST_NESTING,
+    dotted,
+    nested_beyond,
+    structure_valid_part,
+    unknown_key,
+)
 from erllama_core.errors import ConfigError, ConfigProblem
 
 T = TypeVar("T")
@@ -72,6 +78,8 @@ def read_config(
     else:
         source = os.fspath(path_or_mapping)
         table = _parse(Path(source))
+    if nested_beyond(table, MOST_NESTING):
+        raise ConfigError([_too_deep("(top)")], source)
     overlaid = overlay(table, os.environ if environ is None else environ, _SECTIONS)
     problems = list(overlaid.problems)
     config = _read_sections(overlaid.table, problems)
@@ -116,6 +124,16 @@ def _parse(path: Path) -> dict[str, Any]:
         if place is None:
             refuse("TOML", text)
         refuse(place[1], f"not TOML: {text[: place.start()]}")
+    except ValueError as error:
+        # Of Python's own: an integer of more digits than it reads.
+        refuse("TOML", f"a value that cannot be read: {error}")
+    except RecursionError:
+        # The reader calls itself for each bracket within another.
+        raise ConfigError([_too_deep("TOML")], str(path)) from None
+
+
+def _too_deep(place: str) -> ConfigProblem:
+    return ConfigProblem(place, f"tables and lists are nested more than {MOST_NESTING} deep")
 
 
 def _read_sections(table: Mapping[str, Any], problems: list[ConfigProblem]) -> EngineConfig:

@@ -5,6 +5,7 @@ What cattrs raises becomes ConfigProblems with the full path of each key.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final, TypeVar
@@ -23,6 +24,9 @@ from erllama_core.errors import ConfigError, ConfigProblem, PluginFailed, neares
 T = TypeVar("T")
 Keys = tuple[str | int, ...]
 """Where something is in a table: keys of tables, indices of lists."""
+
+MOST_NESTING: Final = 64
+"""Tables and lists in one another; no option has more than a few."""
 
 _BARE_KEY: Final = re.compile(r"[A-Za-z0-9_-]+")
 
@@ -78,6 +82,22 @@ def structure_valid_part(
         except (BaseValidationError, ValueError) as error:
             mistakes = list(_locate(error, options_class, ()))
     return None, problems
+
+
+def nested_beyond(value: object, depth: int) -> bool:
+    """Whether mappings and lists are in one another more than ``depth`` deep."""
+    level: Iterable[object] = (value,)
+    for _ in range(depth + 1):
+        containers: dict[int, Iterable[object]] = {}  # once each, also where one holds itself
+        for item in level:
+            if isinstance(item, Mapping):
+                containers[id(item)] = item.values()
+            elif isinstance(item, list | tuple):
+                containers[id(item)] = item
+        if not containers:
+            return False
+        level = itertools.chain.from_iterable(containers.values())
+    return True
 
 
 def plain(value: Any) -> Any:

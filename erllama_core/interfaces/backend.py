@@ -206,6 +206,9 @@ class Sampler(Protocol):
         mark's other tokens fit it to draw another one. The next call, which is to be
         :meth:`Context.sample` for the same position, goes on from there: it draws what it would
         have drawn had there been no mark. ``greedy``: see :meth:`Context.sample`.
+
+        Raises ValueError, and notes nothing, for a mark that cannot be of this model: of another
+        vocabulary, with tokens outside of it, or with logits that are no numbers.
         """
         ...
 

@@ -99,12 +99,13 @@ class ObjectId:
     @classmethod
     def parse(cls, text: str) -> ObjectId:
         """The inverse of ``str``; ValueError if the text is not such a name."""
-        digest, start, kind = text.split(".")
-        key = bytes.fromhex(digest)
-        if len(key) != KEY_BYTES or not (start.isascii() and start.isdigit()):
-            raise ValueError(f"not an object name: {text!r}")
-        object_id = cls(ObjectKind(kind), int(start), key)
-        if object_id.start > _MAX_U32 or str(object_id) != text:
+        try:
+            digest, start, kind = text.split(".")
+            object_id = cls(ObjectKind(kind), int(start), bytes.fromhex(digest))
+        except ValueError as error:
+            raise ValueError(f"not an object name: {text!r}") from error
+        in_bounds = len(object_id.key) == KEY_BYTES and 0 <= object_id.start <= _MAX_U32
+        if not in_bounds or str(object_id) != text:
             raise ValueError(f"not an object name: {text!r}")
         return object_id
 

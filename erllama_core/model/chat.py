@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -160,7 +161,7 @@ def _check_messages(messages: object) -> None:
         if not isinstance(message.get("role"), str):
             raise TemplateError(
                 f"messages[{index}] must have a role that is a string, "
-                f"such as 'user'; it has {message.get('role')!r}"
+                f"such as 'user'; it has {reprlib.repr(message.get('role'))}"
             )
 
 

@@ -27,6 +27,8 @@ from typing import Any, Final
 
 import attrs
 
+from erllama_core.errors import TemplateError
+
 _STAND_INS: Final = range(0x100000, 0x10FFFE)
 """Unicode's supplementary private use area B."""
 
@@ -122,26 +124,36 @@ def _cases(character: str) -> set[str]:
 
 # ---------------------------------------------------------------------- contents
 
+MAX_DEPTH: Final = 200
+"""Of lists and mappings in one another."""
+
 Transform = Callable[[str, str | None], str]
 """Gives a string's replacement; the second argument is the key that it stands under, None at
 the top, :data:`_WORD_KEY` for a key itself.
 """
 
 
-def map_strings(value: Any, transform: Transform, key: str | None = None) -> Any:
-    """A copy of nested mappings and lists with every string replaced, keys included."""
+def map_strings(value: Any, transform: Transform, key: str | None = None, depth: int = 0) -> Any:
+    """A copy of nested mappings and lists with every string replaced, keys included.
+
+    Raises TemplateError for what is nested too deep, or holds itself.
+    """
     if isinstance(value, str):
         return transform(value, key)
+    if not isinstance(value, Mapping | list | tuple):
+        return value
+    if depth == MAX_DEPTH:
+        raise TemplateError(
+            f"the messages, tools or documents are nested more than {MAX_DEPTH} deep"
+        )
     if isinstance(value, Mapping):
         return {
             transform(name, _WORD_KEY) if isinstance(name, str) else name: map_strings(
-                item, transform, name if isinstance(name, str) else None
+                item, transform, name if isinstance(name, str) else None, depth + 1
             )
             for name, item in value.items()
         }
-    if isinstance(value, list | tuple):
-        return [map_strings(item, transform, key) for item in value]
-    return value
+    return [map_strings(item, transform, key, depth + 1) for item in value]
 
 
 def map_foreign(chat: Mapping[str, Any], transform: Transform) -> dict[str, Any]:

@@ -451,7 +451,8 @@ class Model:
         ``variables`` reach the template by name. An assistant's message with an id that a turn
         was kept under (:meth:`put_replay`) is that turn, token by token: ``replay``, or the ids
         of its tool calls, or the signature of its thinking; ``cache_salt`` must be the one that
-        it was kept with. Raises TemplateError, also for a template that would use up too much.
+        it was kept with. Raises TemplateError, also for a template that would use up too much, and
+        InvalidPrompt for text with a lone surrogate.
         """
         self._check_open()
         vocabulary = self._backend.vocabulary

@@ -57,10 +57,14 @@ def decode(payload: bytes) -> Replay:
     if ends[-1] != len(payload):
         raise CorruptBlock("the lengths of a replay contradict its size")
     lead, tokens, data, reply = (payload[start:end] for start, end in itertools.pairwise(ends))
+    try:
+        text = reply.decode("utf-8", "surrogatepass")
+    except UnicodeDecodeError as error:
+        raise CorruptBlock("the reply of a replay is not UTF-8") from error
     return Replay(
         generated=tuple(unpack(tokens)),
         data=data,
-        reply=reply.decode("utf-8", "surrogatepass"),
+        reply=text,
         prompt_end=tuple(unpack(lead)),
     )
 

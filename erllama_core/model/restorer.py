@@ -384,7 +384,7 @@ class Restorer:
     def _done(self, request: Request, match: Match | None, mark: Mark | None) -> None:
         token = None
         if mark is not None and request.generates:
-            token = request.sampler.sample_mark(mark, greedy=request.pipeline.greedy)
+            token = self._sample_mark(request, match, mark)
             if token is None:
                 match, mark = self._without_last(request, match), None
         now = time.perf_counter()
@@ -401,8 +401,22 @@ class Restorer:
         request.phase = Phase.PREFILLING
         self._ready(request, mark, token)
 
+    def _sample_mark(self, request: Request, match: Match | None, mark: Mark) -> int | None:
+        """None: the position is to be computed after all."""
+        try:
+            return request.sampler.sample_mark(mark, greedy=request.pipeline.greedy)
+        except ValueError as error:
+            # Stored under right checksums, and yet no logits of this model's.
+            log.warning(
+                "restore.refused", request=request.id, model=request.model, error=told(error)
+            )
+            if match is not None:
+                self._space.refused(Match(mark=match.mark))
+            _note(request, f"the backend refused the stored logits: {error}")
+            return None
+
     def _without_last(self, request: Request, match: Match | None) -> Match | None:
-        """Leave the last token to compute: a grammar turned down what its stored logits gave."""
+        """Leave the last token to compute: its stored logits gave nothing that can be used."""
         length = request.length - 1
         assert request.live is not None
         assert match is not None

@@ -15,6 +15,8 @@ from typing import Any, Final
 
 from jinja2 import TemplateError
 
+from erllama_core.model.chat_guard import MAX_DEPTH
+
 MAX_STEPS: Final = 1_000_000
 """Rounds of loops, calls of macros and methods, filters: a thousand times a long chat's."""
 MAX_SECONDS: Final = 5.0
@@ -30,8 +32,6 @@ _REFERENCE: Final = 8
 _SCALAR: Final = 8
 _WRITTEN_OUT: Final = 10
 """What a character of a string can become when a list that it is in is written out."""
-MAX_DEPTH: Final = 200
-"""Of lists and mappings in one another."""
 _STEPS_PER_LOOK: Final = 64
 _LONG: Final = 1 << 16
 """What costs so much is followed by a look at the clock."""

@@ -52,6 +52,8 @@ def of_mark(mark: Mark, n_vocab: int) -> Candidates:
     logits = np.frombuffer(mark.logits, dtype="<f4")
     if not 0 < tokens.size == logits.size or int(tokens.max()) >= n_vocab:
         raise ValueError("a mark holds tokens of the vocabulary, with one logit each")
+    if np.isnan(logits).any():  # which llama.cpp would sort by
+        raise ValueError("a mark holds logits that are no numbers")
     candidates = np.zeros(tokens.size, dtype=CANDIDATE)
     if mark.is_whole:
         # A chain without a cut draws in the order of its candidates: that of a fresh row.

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from llama_cpp import llama_cpp
 
+from erllama_backend_llama import candidates
 from erllama_backend_llama.logits import largest, make_mark
 from erllama_core.errors import EngineClosed
 from erllama_core.interfaces.backend import PENALTY_WINDOW, Mark, Row, SamplingParams
@@ -291,3 +292,11 @@ def test_penalties_count_what_was_drawn_greedily(bench: Bench) -> None:
     new = b.model.new_sampler(params, b.pack(drawn))
     after = [b.context.sample(0, sampler) for _ in range(10)]
     assert after == [b.context.sample(0, new) for _ in range(10)]
+
+
+def test_a_mark_of_no_numbers_is_refused() -> None:
+    """Logits that are no numbers never reach llama.cpp, which would sort by them."""
+    tokens = np.array([1, 2], "<u4").tobytes()
+    mark = Mark(tokens, np.array([1.0, np.nan], "<f4").tobytes(), 1.5, 4)
+    with pytest.raises(ValueError, match="no numbers"):
+        candidates.of_mark(mark, 4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import struct
 from collections import deque
@@ -105,4 +106,7 @@ def logits_of(mark: Mark, params: SamplingParams) -> tuple[tuple[int, ...], tupl
     if not mark.serves(params):
         raise ValueError(f"a mark of {mark.size} logits cannot serve {params}")
     tokens = struct.unpack(f"<{mark.size}I", mark.tokens)
-    return tokens, struct.unpack(f"<{mark.size}f", mark.logits)
+    logits = struct.unpack(f"<{mark.size}f", mark.logits)
+    if mark.n_vocab != N_TOKENS or max(tokens) >= N_TOKENS or any(map(math.isnan, logits)):
+        raise ValueError("a mark holds numbers, for tokens of the vocabulary")
+    return tokens, logits

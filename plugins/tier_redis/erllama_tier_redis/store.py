@@ -28,6 +28,9 @@ _HEAD_BYTES: Final = 4096
 """Read of each object in a scan; most headers are shorter."""
 _BATCH: Final = 200
 """Objects asked for at once in a scan."""
+_KEY_BYTES: Final = 32
+_MOST_MS: Final = (1 << 63) / 1_000_000
+"""As nanoseconds, the first time that no clock has."""
 _LEASE_MS: Final = 30_000
 _LEASE_ASKED_S: Final = 5.0
 """The janitor is asked for again after so long."""
@@ -145,7 +148,10 @@ class RedisTier:
     def scan(self) -> Iterator[ScannedObject | ScanFailure]:
         try:
             self._seen = self._newest()
-            self._note(self._server.run("read the usage", lambda c: c.get(self._names.bytes)) or 0)
+            try:
+                self._ask_usage()
+            except TierError as error:
+                yield ScanFailure(f"{self._server.place} {self._names.bytes}", str(error))
             batch: list[str] = []
             for name in self._all_names():
                 batch.append(name)
@@ -202,7 +208,7 @@ class RedisTier:
                 object_id,
                 self._whole_head(name, head),
                 int(size),
-                int((used_ms or 0) * 1_000_000) or time.time_ns(),
+                _used_ns(used_ms) or time.time_ns(),
             )
 
     def _whole_head(self, name: str, head: bytes) -> bytes:
@@ -256,7 +262,7 @@ class RedisTier:
         size, used_ms = self._server.run("look for an object", ask)
         if not size:
             return None
-        return FoundObject(int(size), int((used_ms or 0) * 1_000_000))
+        return FoundObject(int(size), _used_ns(used_ms))
 
     def rescan(self) -> Iterator[ScannedObject | ScanFailure | Gone]:
         try:
@@ -277,7 +283,7 @@ class RedisTier:
             names = list(stored)
             for at in range(0, len(names), _BATCH):
                 yield from self._described(names[at : at + _BATCH])
-            self._note(self._server.run("read the usage", lambda c: c.get(self._names.bytes)) or 0)
+            self._ask_usage()
         except TierError as error:
             yield ScanFailure(self._server.place, str(error))
 
@@ -337,7 +343,8 @@ class RedisTier:
         found: Iterable[bytes] = self._server.run(
             "list pins", lambda client: client.smembers(self._names.pins)
         )
-        return found
+        # A set of everybody's: what is of another length is no key of anything.
+        return [key for key in found if len(key) == _KEY_BYTES]
 
     # ------------------------------------------------------------------- inside
 
@@ -348,14 +355,32 @@ class RedisTier:
         names = self._names
         return [names.sizes, names.used, names.bytes, names.log]
 
+    def _ask_usage(self) -> None:
+        self._note(self._server.run("read the usage", lambda c: c.get(self._names.bytes)) or 0)
+
     def _note(self, used: int | bytes) -> None:
+        try:
+            number = int(used)
+        except ValueError as error:
+            raise TierError(
+                f"{self._server.place}: {self._names.bytes} holds {used!r:.60}, which is no "
+                "number of bytes; something else than erllama has written it. Delete all keys that "
+                "begin with the tier's prefix, or choose another prefix"
+            ) from error
         with self._lock:
-            self._used = int(used)
+            self._used = number
 
 
 def _hscan(client: Any, *, name: str, cursor: int) -> tuple[int, dict[bytes, bytes]]:
     found: tuple[int, dict[bytes, bytes]] = client.hscan(name, cursor, count=1000)
     return found
+
+
+def _used_ns(score: float | None) -> int:
+    """When an object was last used; 0 for a score that is no time."""
+    if score is None or not 0 < score < _MOST_MS:
+        return 0
+    return int(score * 1_000_000)
 
 
 def _now_ms() -> int:

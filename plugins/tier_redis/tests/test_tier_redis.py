@@ -277,6 +277,26 @@ def test_the_log_is_bounded(open_tier: Any) -> None:
 # ------------------------------------------------------------------ configuration
 
 
+def test_what_others_wrote_into_the_books(open_tier: Any, client: Any, prefix: str) -> None:
+    """Scores, names, pins and sums that are none are passed over or told; objects stay readable."""
+    tier, names = open_tier(), Names(prefix)
+    object_id = put(tier, 1)
+    client.zadd(names.used, {str(object_id): float("inf")})
+    client.hset(names.sizes, b"\xff no name", 3)
+    client.sadd(names.pins, b"short", b"p" * 32)
+    client.set(names.bytes, b"many")
+    found = list(open_tier().scan())
+    (scanned,) = [one for one in found if isinstance(one, ScannedObject)]
+    assert scanned.object_id == object_id
+    assert scanned.last_used_ns < 1 << 63
+    reasons = " ".join(one.reason for one in found if isinstance(one, ScanFailure))
+    assert "b'many', which is no number of bytes" in reasons
+    assert "not an object name" in reasons
+    assert tier.find(object_id).last_used_ns == 0
+    assert list(tier.pins()) == [b"p" * 32]
+    assert read(tier, object_id)
+
+
 def test_logins_and_what_is_shown_of_them(start_server: Callable[..., Any], tmp_path: Path) -> None:
     """The password comes from a file; a wrong one is told, and none is ever shown."""
     server = start_server("--requirepass", "open sesame")

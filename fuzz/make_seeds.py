@@ -57,12 +57,11 @@ def main() -> None:
         write("model_file", arch, shortened(write_tiny_gguf(folder / "model.gguf", arch)))
     write("adapter_file", "lora", shortened(write_tiny_lora(folder / "lora.gguf")))
     shutil.rmtree(folder)
-    name = f"{key}.32.kv".encode()
-    stored = numbers(1) + bytes([len(name)]) + name + b"\x02100"
+    stored_as = f"{key}.32.kv".encode()
+    stored = numbers(1) + bytes([len(stored_as)]) + stored_as + b"\x02100"
     write("redis", "one", stored + numbers(64) + b"\x04head" + numbers(0) + b"\x03123")
-    write(
-        "redis", "log", b"\x00" * 8 + numbers(1, 5, 1, 1) + b"\x03put" + bytes([len(name)]) + name
-    )
+    put = b"\x03put" + bytes([len(stored_as)]) + stored_as
+    write("redis", "log", b"\x00" * 8 + numbers(1, 5, 1, 1) + put)
     write("redis", "pins", numbers(1) + b"\x20" + b"\xab" * 32)
 
 

@@ -87,6 +87,7 @@ def _llama() -> Iterator[Run]:
     from erllama_backend_llama.grammar import LlamaGrammar
     from erllama_backend_llama.model import load_model
     from erllama_backend_llama.options import LlamaOptions
+    from erllama_backend_llama.vocabulary import LlamaVocabulary
     from erllama_core.interfaces.backend import BackendRequest, Constraint, ContextOptions
     from tiny_gguf import write_tiny_gguf
 
@@ -95,6 +96,7 @@ def _llama() -> Iterator[Run]:
     path = write_tiny_gguf(folder / "model.gguf", "llama")
     model = load_model(BackendRequest(model_path=path, options=LlamaOptions(), context=context))
     vocabulary = model.vocabulary
+    assert isinstance(vocabulary, LlamaVocabulary)
     everything = np.zeros(vocabulary.n_tokens, dtype=CANDIDATE)
     everything["id"] = np.arange(vocabulary.n_tokens)
 
@@ -128,7 +130,10 @@ def _llama() -> Iterator[Run]:
             assert told <= ours, told - ours
             # Where a token ends within a character, llama.cpp goes by whether all that it can
             # become lies outside of a negated set; the core by whether any of it does.
-            assert all(state.after(vocabulary.piece(t)).pending for t in ours - told), ours - told
+            for token in ours - told:
+                after = state.after(vocabulary.piece(token))
+                assert after is not None, token
+                assert after.pending, token
             assert bool(set(allowed) & vocabulary.end_of_generation) == state.may_end
             if not told:
                 return

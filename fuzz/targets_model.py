@@ -65,7 +65,7 @@ def _adapter_file() -> Iterator[Run]:
         model = load_model(request)
         made = model.load_adapter(adapter)
         opened = model.open_context()
-        opened.set_adapters([(made, 1.0)])
+        model.attach(opened, [(made, 1.0)])
         opened.step([Row(0, 0, bytes(32), logits=True)])
         model.close()
 

@@ -88,6 +88,10 @@ def grow(_data: bytes) -> None:
     assert len(bytes(4 << 20)) > 0
 
 
+def fail(_data: bytes) -> None:
+    raise KeyError("a")
+
+
 def fail_elsewhere(_data: bytes) -> None:
     thread = threading.Thread(target=lambda: 1 // 0)
     thread.start()
@@ -97,7 +101,7 @@ def fail_elsewhere(_data: bytes) -> None:
 @pytest.mark.parametrize(
     ("run", "error"),
     [
-        (lambda _: {}["a"], KeyError),
+        (fail, KeyError),
         (spin, TookTooLong),
         (spin_deaf, TookTooLong),
         (grow, TookTooMuch),

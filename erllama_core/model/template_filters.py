@@ -14,7 +14,8 @@ import jinja2
 import markupsafe
 from jinja2.exceptions import FilterArgumentError, SecurityError
 
-from erllama_core.model.template_budget import MAX_DEPTH, OBJECT, Budget, TooMuch
+from erllama_core.model.chat_guard import MAX_DEPTH
+from erllama_core.model.template_budget import OBJECT, Budget, TooMuch
 from erllama_core.model.template_calls import (
     ESCAPED,
     LINE_ENDS,

@@ -383,7 +383,9 @@ class Model:
         try:
             self._worker.change_adapters(functools.partial(added, adapter), timeout_s)
         except BaseException:
-            adapter.weights.close()
+            # An interrupt does not take back what is in effect by then.
+            if all(one.weights is not adapter.weights for one in self._worker.adapters):
+                adapter.weights.close()
             raise
         return adapter.info
 

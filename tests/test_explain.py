@@ -133,3 +133,7 @@ def test_the_command_compares_two_prompts(tmp_path: Path) -> None:
     wrong = run([*command[:-3], "fak", *command[-2:]])
     assert (wrong.returncode, wrong.stdout) == (1, "")
     assert "did you mean 'fake'?" in wrong.stderr
+    (tmp_path / "a").write_bytes(b"text\xff")
+    wrong = run(command)
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert "a: a prompt is UTF-8, and this is not, at byte 4" in wrong.stderr

@@ -52,7 +52,7 @@ def why(
     """
     if len(prompt_files) > 2:
         raise click.UsageError("at most two prompt files can be compared")
-    texts = [path.read_text(encoding="utf-8") for path in prompt_files]
+    texts = [_text(path) for path in prompt_files]
     config = load_config(config_path)
     if model_id not in config.models:
         raise ModelNotFound(f"{config_path}: {unknown_name('model', model_id, config.models)}")
@@ -78,6 +78,16 @@ def why(
         click.echo(_in_words(path, prompt, explanation))
     if parting is not None:
         click.echo(_parting_in_words(parting))
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        reason = f"a prompt is UTF-8, and this is not, at byte {error.start}"
+    except OSError as error:
+        reason = f"cannot be read: {error.strerror or error}"
+    raise click.BadParameter(f"{path}: {reason}", param_hint="--prompt-file")
 
 
 def _in_words(path: Path, prompt: Prompt, explanation: Explanation) -> str:

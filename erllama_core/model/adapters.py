@@ -32,7 +32,7 @@ from erllama_core.errors import (
 )
 from erllama_core.interfaces.backend import Adapter, Adapts, BackendModel, Context
 from erllama_core.interfaces.log import get_logger
-from erllama_core.model.fingerprint import file_fingerprint
+from erllama_core.model.fingerprint import file_fingerprint, file_identity
 from erllama_core.model.request import Request
 from erllama_core.model.roster import Roster
 from erllama_core.model.sequences import SequencePool
@@ -116,7 +116,7 @@ def open_adapter(
         reason = error.reason or str(error)
         raise AdapterLoadError(f"cannot read the adapter file {file}", reason=reason) from error
     try:
-        is_same = _identity(file.stat()) == _identity(before)
+        is_same = file_identity(file.stat()) == file_identity(before)
     except OSError:
         is_same = False
     if not is_same:
@@ -126,10 +126,6 @@ def open_adapter(
         AdapterInfo(name=name, path=str(path), scale=float(scale), fingerprint=fingerprint.hex()),
         weights,
     )
-
-
-def _identity(stat: os.stat_result) -> tuple[int, int, int, int]:
-    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def _load(backend: Adapts, backend_name: str, file: Path) -> Adapter:

@@ -68,9 +68,9 @@ class Cache:
     do in shared tiers is followed, and they are kept to their quota. ``memory_budget_bytes``
     bounds state in this process's memory, with what others set aside in :attr:`budget`; beyond
     it what is worth least gives way, and what finds no room then is not saved, or computed
-    instead of read. ``on_event`` is told what
-    becomes of objects, on whatever thread it happens; it must not wait. After a fork the child
-    must open a cache of its own: every use of the parent's raises EngineClosed there.
+    instead of read. ``on_event`` is told what becomes of objects, on whatever thread it happens;
+    it must not wait. After a fork the child must open a cache of its own: what touches the tiers
+    or what is known of them raises EngineClosed there, as it does after :meth:`close`.
     """
 
     def __init__(

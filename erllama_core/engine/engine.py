@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import itertools
 import os
@@ -99,28 +100,16 @@ class Engine:
             raise ConfigError(problems)
         for warning in config_warnings(config, self.plugins):
             log.warning("config.questionable", path=warning.path, message=warning.message)
-        self._notifier: Final = Notifier(self.plugins.listeners)
-        settings = config.cache
-        self._cache: Final = Cache(
-            self._open_tiers(config.tiers),
-            max_inflight_bytes=settings.max_inflight_bytes,
-            writer_threads=settings.writer_threads,
-            loader_threads=settings.loader_threads,
-            marks_share=settings.marks_share,
-            read_timeout_s=settings.read_timeout_ms / 1000,
-            write_timeout_s=settings.write_timeout_ms / 1000,
-            memory_budget_bytes=config.engine.memory_budget_bytes,
-            on_event=self._teller(CacheEvent),
-        )
         self._closing: Final = threading.Lock()
         self._models: Final = ModelTable()
         self._ids: Final = itertools.count(1)
-        try:
+        with contextlib.ExitStack() as undo:
+            self._notifier: Final = Notifier(self.plugins.listeners)
+            undo.callback(self._notifier.close)
+            self._cache: Final = self._open_cache(config)
+            undo.callback(self._cache.close)
             self._pressure: Final = self._open_pressure(config)
-        except BaseException:
-            self._cache.close()
-            self._notifier.close()
-            raise
+            undo.pop_all()
         self._reloader: Final = Reloader(
             Settings(config, signing_key),
             self._models,
@@ -182,6 +171,26 @@ class Engine:
         if settings.enabled:
             monitor.enable()
         return monitor
+
+    def _open_cache(self, config: EngineConfig) -> Cache:
+        settings = config.cache
+        tiers = self._open_tiers(config.tiers)
+        try:
+            return Cache(
+                tiers,
+                max_inflight_bytes=settings.max_inflight_bytes,
+                writer_threads=settings.writer_threads,
+                loader_threads=settings.loader_threads,
+                marks_share=settings.marks_share,
+                read_timeout_s=settings.read_timeout_ms / 1000,
+                write_timeout_s=settings.write_timeout_ms / 1000,
+                memory_budget_bytes=config.engine.memory_budget_bytes,
+                on_event=self._teller(CacheEvent),
+            )
+        except BaseException:
+            for named in tiers:
+                named.tier.close()
+            raise
 
     def _open_tiers(self, tiers: Sequence[TierConfig]) -> list[NamedTier]:
         opened: list[NamedTier] = []
@@ -291,7 +300,10 @@ class Engine:
         found = self._models.take(model)
         if found is None:
             return
-        found.close()
+        try:
+            found.close()
+        finally:
+            self._models.forget(found)
         log.info("model.unloaded", model=found.id)
 
     def _unload_if_idle(self, model: Model) -> bool:

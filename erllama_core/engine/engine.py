@@ -54,8 +54,9 @@ from erllama_core.interfaces.telemetry import (
 )
 from erllama_core.model.footprint import set_aside
 from erllama_core.model.loading import open_model
-from erllama_core.model.model import Model, ModelRef, PromptLike, ReplySetup
+from erllama_core.model.model import Model, ModelRef, PromptLike
 from erllama_core.model.options import ReplyKwargs, RequestKwargs
+from erllama_core.model.parts import ReplySetup
 from erllama_core.pressure.monitor import Monitor
 from erllama_core.prompt import Prompt
 from erllama_core.results import (

@@ -31,7 +31,7 @@ from erllama_core.model.fingerprint import (
     file_identity,
     weights_files,
 )
-from erllama_core.model.model import ModelParts, ReplySetup
+from erllama_core.model.parts import ModelParts, ReplySetup
 from erllama_core.model.worker import Worker, WorkerOptions
 from erllama_core.providers import BackendProvider
 

@@ -19,6 +19,7 @@
     ├── RequestError
     │   ├── InvalidPrompt (ValueError)    no tokens, or ids outside the vocabulary
     │   ├── PromptTooLong (ValueError)    the prompt does not fit the context
+    │   │   └── TextTooLong               a text cannot be embedded at once
     │   ├── TemplateError (ValueError)    the chat template refused the messages
     │   ├── InvalidGrammar (ValueError)   a grammar or a JSON schema cannot be followed
     │   ├── SeqCapacity                   all sequences are in use
@@ -73,7 +74,7 @@ def unknown_name(what: str, name: str, known: Iterable[str]) -> str:
     """The sentence that every look-up by name ends in when it finds nothing."""
     known = sorted(known)
     guess = nearest(name, known)
-    hint = f"; did you mean {guess!r}?" if guess else ""
+    hint = f"; did you mean {guess!r}?" if guess else "."
     return f"unknown {what} {name!r}{hint} Known: {', '.join(known) or 'none'}."
 
 

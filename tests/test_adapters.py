@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -610,6 +611,41 @@ def test_a_change_that_hangs_costs_nobody_else(
     model.load_adapter(files("b"))
     assert says(model.complete(PROMPT, response_tokens=5), files("a"), files("b"))
     held.open()
+
+
+def test_an_interrupt_frees_nothing_that_is_being_attached(
+    engine: Engine, files: Callable[[str], Path]
+) -> None:
+    """Ctrl-C while an adapter is attached is raised when that is over; it is in effect then."""
+    held = gate("interrupted")
+    came = threading.Event()
+    model = load_stub(
+        engine,
+        adapters=[files("a")],
+        faults={"hang_step": 2, "hang_gate": "interrupted", "hang_deaf": True},
+    )
+
+    def on_signal(*_: object) -> None:
+        came.set()
+        raise KeyboardInterrupt
+
+    def interrupt() -> None:
+        assert held.wait_reached(10)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        came.wait(10)
+        held.open()
+
+    before = signal.signal(signal.SIGINT, on_signal)
+    try:
+        interrupter = InThread(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model.load_adapter(files("b"))
+        interrupter.result()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert [one.name for one in model.list_adapters()] == ["a", "b"]
+    assert says(model.complete(PROMPT, response_tokens=5), files("a"), files("b"))
+    assert not any(one.weights.is_closed for one in model._worker.adapters)  # type: ignore[attr-defined]
 
 
 # ------------------------------------------------------------------------- use

@@ -10,10 +10,14 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
+from cache_contexts import space_of, store
 from erllama_backend_stub.faults import gate
 from erllama_core import Cache, Engine, NamedTier
 from erllama_core.cache.durability import Unsynced
+from erllama_core.cache.loader import Fetch
+from erllama_core.cache.ram import RamTier
 from erllama_core.interfaces.block import ObjectId, ObjectKind
+from erllama_tier_disk.store import FileTier
 from held_tier import HeldTier, engine_with
 from stub_engine import KV_CLASSES, load_stub, make_engine
 from waiting import wait_until
@@ -370,6 +374,23 @@ def test_promotion_can_be_switched(promote: bool, kv_class: str) -> None:
             wait_until(lambda: engine.cache.counters().promotions)
         assert engine.flush(20)
         assert (engine.cache.counters().promotions > 0) is promote
+
+
+def test_promotion_outlives_the_fetch(tmp_path: Path) -> None:
+    """All that was read is kept, though the fetch is released as soon as it is complete."""
+    tiers = [
+        NamedTier("near", "ram", RamTier(1 << 20)),
+        NamedTier("far", "disk", FileTier(tmp_path)),
+    ]
+    with Cache(tiers) as cache:
+        keys = store(space_of(cache, ("far",)), list(range(40)))
+        assert cache.flush(20)
+        space = space_of(cache, ("near", "far"))
+        match = space.find(keys, may_sample=True)
+        stored = len(cache.dump())
+        assert space.fetch(match, Fetch.release) is None
+        cache._loader.close()  # waits for what the readers do
+        assert cache.counters().promotions == stored > 2
 
 
 def test_promotion_evicts_nothing_that_is_worth_more() -> None:

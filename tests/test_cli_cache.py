@@ -23,12 +23,13 @@ from structlog.testing import capture_logs
 
 from cache_contexts import RecordingTier
 from erllama_core import Engine, NamedTier, Pinned
+from erllama_core.cache.budget import in_words
 from erllama_core.cache.keys import ContextKeys
 from erllama_core.cli.app import app
 from erllama_core.cli.cache import cache
 from erllama_core.cli.cache_pins import PinState
 from erllama_core.cli.cache_stats import ContextEnds
-from erllama_core.cli.cache_tables import human_size, human_time
+from erllama_core.cli.cache_tables import human_time
 from erllama_core.cli.cache_verify import Verification
 from erllama_core.errors import TierError
 from erllama_core.hookspecs import hookimpl
@@ -857,7 +858,7 @@ def test_json_keys_are_documented(root: Path) -> None:
 )
 def test_sizes_for_people(n_bytes: int, text: str) -> None:
     """Sizes are shown in the largest unit that leaves a number of at least one."""
-    assert human_size(n_bytes) == text
+    assert in_words(n_bytes) == text
 
 
 def test_times_for_people() -> None:

@@ -284,6 +284,14 @@ def test_every_error_is_documented() -> None:
         if issubclass(class_, errors.ErllamaError)
     }
     assert set(documented) == set(classes)
+    assert set(re.findall(r"\w+", errors.__doc__ or "")) >= set(classes), "the tree has all of them"
+    numbers = {"three": 3, "four": 4, "six": 6, "eight": 8}
+    for at, (name, (_, _, words)) in enumerate(documented.items()):
+        if below := re.match(r"The root of the next (\w+)", words):
+            n = numbers[below[1]]
+            assert [c for c in documented if issubclass(classes[c], classes[name])] == [
+                *documented
+            ][at : at + 1 + n], name
     for name, (_, also, _) in documented.items():
         mixed_in = [b.__name__ for b in classes[name].__bases__ if hasattr(builtins, b.__name__)]
         shown = re.findall(r"`(\w+)`", also)

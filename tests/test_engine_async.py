@@ -8,7 +8,8 @@ import inspect
 import pytest
 
 from erllama_backend_stub.faults import gate
-from erllama_core import AsyncEngine, Engine, TextDelta
+from erllama_core import AsyncEngine, Cache, Engine, TextDelta
+from erllama_core.engine.aio import AsyncCache
 from erllama_core.errors import PromptTooLong
 from stub_engine import load_stub, make_engine
 
@@ -80,6 +81,39 @@ def test_cancelling_the_task_cancels_the_request() -> None:
     asyncio.run(run())
 
 
+def test_the_cache_for_coroutines() -> None:
+    """What blocks of the cache has a twin that gives what the call gives."""
+    at_once = {"any_lasts", "can_change_quota", "counters", "held_bytes", "memory", "pins"}
+    at_once |= {"tier_names"}
+    # An engine's own business.
+    internal = {"close", "discover", "disown", "fetch", "free_memory", "free_pages"}
+    internal |= {"is_scanned", "named_objects", "when_scanned"}
+    public = {name for name, value in vars(Cache).items() if callable(value) and name[0] != "_"}
+    twins = public - at_once - internal
+    assert twins == {name for name in vars(AsyncCache) if name[0] != "_"}
+    for name in twins:
+        expected = inspect.signature(getattr(Cache, name)).parameters
+        assert list(inspect.signature(getattr(AsyncCache, name)).parameters) == list(expected)
+
+    async def run() -> None:
+        with make_engine() as engine:
+            cache = engine.aio.cache
+            done = load_stub(engine).complete(PROMPT, response_tokens=8)
+            assert await cache.flush(10)
+            assert await cache.wait_scanned(10)
+            assert done.finish_key is not None
+            assert await cache.pin(done.finish_key) is not None
+            assert engine.cache.pins().keys() == {done.finish_key}
+            assert await cache.evict_bytes(1) is not None
+            await cache.unpin(done.finish_key)
+            assert len(await cache.dump()) == len(engine.cache.dump()) > 0
+            assert await cache.usage() == engine.cache.usage()
+            await cache.gc()
+            assert await cache.dump() == []
+
+    asyncio.run(run())
+
+
 def test_every_blocking_call_has_a_twin() -> None:
     """What engine.aio lacks of the engine's methods waits for nothing."""
     at_once = {
@@ -97,9 +131,7 @@ def test_every_blocking_call_has_a_twin() -> None:
         "verify_thinking",
         "why",
     }
-    methods = {
-        name for name, value in vars(Engine).items() if callable(value) or name == "from_config"
-    }
+    methods = {name for name in dir(Engine) if callable(getattr(Engine, name))}
     public = {name for name in methods if not name.startswith("_")}
     assert public - set(vars(AsyncEngine)) == at_once
     for name in public - at_once:

@@ -448,6 +448,41 @@ def test_a_second_close_waits_for_the_first(tmp_path: Path) -> None:
     assert len(set(written)) == 1
 
 
+def test_closing_waits_for_a_model_that_is_being_unloaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an unloading on another thread still saves finds the cache open."""
+    plain = StubModel.close
+    is_leaving, go_on = threading.Event(), threading.Event()
+    order: list[str] = []
+
+    def slow(self: Any) -> None:
+        is_leaving.set()
+        assert go_on.wait(20)
+        plain(self)
+        order.append("model")
+
+    def close(cache: Cache) -> None:
+        order.append("cache")
+        plain_close(cache)
+
+    plain_close = Cache.close
+    monkeypatch.setattr(StubModel, "close", slow)
+    monkeypatch.setattr(Cache, "close", close)
+    engine = make_engine(tmp_path)
+    model = load_stub(engine)
+    threads = [threading.Thread(target=engine.unload, args=(model,))]
+    threads[0].start()
+    assert is_leaving.wait(20)
+    threads.append(threading.Thread(target=engine.close))
+    threads[1].start()
+    threads[1].join(0.2)  # it would be over by then
+    go_on.set()
+    for thread in threads:
+        thread.join(20)
+    assert order == ["model", "cache"]
+
+
 def test_usage_that_raises_is_trouble_like_any_other() -> None:
     """A tier whose usage() raises stores nothing and harms nobody."""
     tier = SlowPathTier()

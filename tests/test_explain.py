@@ -63,6 +63,17 @@ def test_a_divergence_is_shown_with_its_text() -> None:
         assert engine.cache.counters().hits_exact == before.hits_exact, "asking is no hit"
 
 
+def test_what_other_tiers_hold_is_no_divergence(tmp_path: Path) -> None:
+    """A context that is stored where this model does not look goes on like the prompt."""
+    with make_engine(tmp_path) as engine:
+        load_stub(engine, "other", tier=["disk"]).complete(PROMPT, response_tokens=2)
+        assert engine.flush(10)
+        why = load_stub(engine, tier=["ram"]).why(PROMPT)
+        assert (why.kind, why.diverges_at) == ("cold", 0)
+        assert why.stored_text == PROMPT[:12]
+        assert "more is stored, in tiers that this model does not use" in why.reason
+
+
 def test_what_kept_stored_state_from_being_used() -> None:
     """A sampling that no mark serves, a salt, and a backend that refuses."""
     with make_engine() as engine:
@@ -133,3 +144,7 @@ def test_the_command_compares_two_prompts(tmp_path: Path) -> None:
     wrong = run([*command[:-3], "fak", *command[-2:]])
     assert (wrong.returncode, wrong.stdout) == (1, "")
     assert "did you mean 'fake'?" in wrong.stderr
+    (tmp_path / "a").write_bytes(b"text\xff")
+    wrong = run(command)
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert "a: a prompt is UTF-8, and this is not, at byte 4" in wrong.stderr

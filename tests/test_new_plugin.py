@@ -72,15 +72,17 @@ def test_a_skeleton_is_for_this_core(kind: str) -> None:
         (["tier", "../up"], "letters, digits and underscores"),
         (["cache", "mine"], "'cache' is not one of"),
         (["tier", "mine", "--directory", "."], "is not empty"),
+        (["tier", "mine", "--directory", "something/in"], "cannot be written: "),
     ],
 )
 def test_what_cannot_be_written(
     arguments: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A name that is none, an unknown kind, and a folder with something in it are refused."""
+    """A name that is none, an unknown kind, and a folder that is none or not empty are refused."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "something").write_text("here")
     result = CliRunner().invoke(app, ["new-plugin", *arguments])
     assert result.exit_code != 0
+    assert isinstance(result.exception, SystemExit), "no traceback"
     assert words in result.output
     assert [path.name for path in tmp_path.iterdir()] == ["something"]

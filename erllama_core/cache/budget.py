@@ -131,7 +131,7 @@ class MemoryBudget:
 
 
 def in_words(n_bytes: int) -> str:
-    """A number of bytes as a person reads it."""
+    """A number of bytes as a person reads it: ``1536`` as ``1.5 KiB``."""
     size, unit = float(n_bytes), "B"
     for larger in ("KiB", "MiB", "GiB", "TiB"):
         if size < 1024:

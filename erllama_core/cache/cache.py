@@ -46,12 +46,9 @@ from erllama_core.interfaces.block import (
     encode_header,
     verify_object,
 )
-from erllama_core.interfaces.log import get_logger
 from erllama_core.interfaces.telemetry import CacheEvent
 from erllama_core.prompt import pack
 from erllama_core.results import CacheKey
-
-log = get_logger("erllama.cache")
 
 MAX_INFLIGHT_BYTES: Final = 256 << 20
 READ_TIMEOUT_S: Final = 5.0
@@ -71,9 +68,9 @@ class Cache:
     do in shared tiers is followed, and they are kept to their quota. ``memory_budget_bytes``
     bounds state in this process's memory, with what others set aside in :attr:`budget`; beyond
     it what is worth least gives way, and what finds no room then is not saved, or computed
-    instead of read. ``on_event`` is told what
-    becomes of objects, on whatever thread it happens; it must not wait. After a fork the child
-    must open a cache of its own: every use of the parent's raises EngineClosed there.
+    instead of read. ``on_event`` is told what becomes of objects, on whatever thread it happens;
+    it must not wait. After a fork the child must open a cache of its own: what touches the tiers
+    or what is known of them raises EngineClosed there, as it does after :meth:`close`.
     """
 
     def __init__(
@@ -408,15 +405,12 @@ class Cache:
         """Forget an object at once, and have its tiers delete it, on a thread that may do I/O."""
         catalog = self._catalog
         with catalog.lock:
-            stores = [copy.tier for copy in entry.copies]
-            for store in stores:
-                catalog.forget_copy(store, entry)
-        for store in stores:
-            catalog.counters.add("corrupt")
-            log.warning(
-                "object.corrupt", tier=store.name, object=str(entry.object_id), reason=reason
-            )
-            self._flow.delete_soon(store, entry.object_id)
+            copies = list(entry.copies)
+            for copy in copies:
+                catalog.forget_copy(copy.tier, entry)
+        for copy in copies:
+            catalog.note_corrupt(copy.tier, entry.object_id, copy, reason)
+            self._flow.delete_soon(copy.tier, entry.object_id)
 
     def is_scanned(self, tiers: Sequence[TierStore]) -> bool:
         """Whether what these tiers held at opening is known."""

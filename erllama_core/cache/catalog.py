@@ -282,11 +282,17 @@ class Catalog:
 
     def discard_corrupt(self, store: TierStore, object_id: ObjectId, reason: str) -> None:
         """A copy is not what it claims to be: count it, forget it, remove it from its tier."""
-        self.counters.add("corrupt")
-        log.warning("object.corrupt", tier=store.name, object=str(object_id), reason=reason)
         entry = self.get(object_id)
         copy = None if entry is None else entry.copy_in(store)
         self.remove(store, object_id)
+        self.note_corrupt(store, object_id, copy, reason)
+
+    def note_corrupt(
+        self, store: TierStore, object_id: ObjectId, copy: Copy | None, reason: str
+    ) -> None:
+        """Count and tell that a copy, as far as one was known, was not what it claimed to be."""
+        self.counters.add("corrupt")
+        log.warning("object.corrupt", tier=store.name, object=str(object_id), reason=reason)
         size, why = (0, "") if copy is None else (copy.size_bytes, copy.save_reason)
         self.report("corrupt", store, object_id, size, why)
 
@@ -471,7 +477,7 @@ class Catalog:
                 gone = self.delete_forgotten(store, entry.object_id)
             except CacheError:
                 # It takes up room still, so it must stay known.
-                self.add_copy(store, entry, copy.size_bytes, copy.last_used_ns, copy.save_reason)
+                self._put_back(entry, copy, copy.last_used_ns)
                 continue
             rows += gone > 0
             freed += gone
@@ -494,8 +500,14 @@ class Catalog:
         # A time in the future is a clock's that was set back, and says nothing.
         if found is None or not copy.last_used_ns < found.last_used_ns <= self.clock():
             return False
-        self.add_copy(store, entry, copy.size_bytes, found.last_used_ns, copy.save_reason)
+        self._put_back(entry, copy, found.last_used_ns)
         return True
+
+    def _put_back(self, entry: Entry, copy: Copy, last_used_ns: int) -> None:
+        """A victim stays."""
+        self.add_copy(
+            copy.tier, entry, copy.size_bytes, last_used_ns, copy.save_reason, hits=copy.hits
+        )
 
     def delete_forgotten(self, store: TierStore, object_id: ObjectId) -> int:
         """Delete what was forgotten, unless it was stored again meanwhile; the bytes freed.

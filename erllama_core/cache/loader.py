@@ -142,7 +142,7 @@ class Loader:
         """
         fetch = Fetch(match, self._catalog, done)
         tiers = tuple(store for store in tiers if self._answers(store))
-        nearer = () if promote_to not in tiers else tiers[tiers.index(promote_to) + 1 :]
+        further = () if promote_to not in tiers else tiers[tiers.index(promote_to) + 1 :]
         reads: list[tuple[_Part, TierStore]] = []
         with self._catalog.lock:
             for part in fetch.parts:
@@ -163,7 +163,7 @@ class Loader:
             part.is_being_read = True
         self._deadlines.add(fetch)
         for part, store in reads:
-            target = promote_to if store in nearer else None
+            target = promote_to if store in further else None
             self._lanes[store].submit(
                 Work(
                     functools.partial(self._read, fetch, part, store, target),
@@ -241,6 +241,7 @@ class Loader:
         self, fetch: Fetch, part: _Part, store: TierStore, promote_to: TierStore | None
     ) -> None:
         """On a thread of the tier's lane."""
+        copy = part.copy  # the fetch may be released, on another thread, once the read is over
         promoted: Pages | None = None
         ok = False
         try:
@@ -263,14 +264,14 @@ class Loader:
             if isinstance(error, MemoryBudgetExceeded):
                 self._catalog.counters.add("loads_over_budget")
             # It is there still: another attempt goes without it, a later request may try.
-            if part.copy is not None:
-                part.copy.rests_until_s = time.monotonic() + _REST_S
+            if copy is not None:
+                copy.rests_until_s = time.monotonic() + _REST_S
         except Exception:  # what is left is a bug; the request must still be answered
             log.exception("load.failed", tier=store.name)
         finally:
             self._read_is_over(fetch, part, ok=ok)
-        if promoted is not None and promote_to is not None:
-            self._promote(promote_to, part, promoted)
+        if promoted is not None and promote_to is not None and copy is not None:
+            self._promote(promote_to, part, copy, promoted)
 
     def _read_is_over(self, fetch: Fetch, part: _Part, *, ok: bool) -> None:
         with fetch.lock:
@@ -321,12 +322,12 @@ class Loader:
         self._finish(fetch)
         fetch.done(fetch)
 
-    def _promote(self, store: TierStore, part: _Part, pages: Pages) -> None:
+    def _promote(self, store: TierStore, part: _Part, copy: Copy, pages: Pages) -> None:
+        """Keep what was read from ``copy`` in a nearer tier, too. Lets go of the pages."""
         try:
-            if part.entry.copy_in(store) is None and part.copy is not None:
-                use = Use(self._catalog.clock(), part.copy.hits)
-                reason = part.copy.save_reason
-                self._catalog.put(store, part.entry, part.head, pages, reason, use=use)
+            if part.entry.copy_in(store) is None:
+                use = Use(self._catalog.clock(), copy.hits)
+                self._catalog.put(store, part.entry, part.head, pages, copy.save_reason, use=use)
                 self._catalog.counters.add("promotions")
         except CacheError:
             return  # the tier is full of what is worth more, or in trouble, which was logged

@@ -76,6 +76,8 @@ class Divergence:
     """Tokens of the prompt that are stored."""
     stored_next: bytes
     """Packed tokens with which the nearest stored context goes on; empty where it ends."""
+    is_out_of_reach: bool = False
+    """It goes on as the prompt does, in no tier that can be read now, or by this model."""
 
 
 class Finder:
@@ -134,7 +136,8 @@ class Finder:
                 nearest = segment.blocks[0], 0
             if nearest is not None and start + nearest[1] >= covered:
                 entry, shared = nearest
-                return Divergence(covered, entry.path[TOKEN_BYTES * shared :])
+                at = covered - start
+                return Divergence(covered, entry.path[TOKEN_BYTES * at :], shared > at)
         return Divergence(covered, b"")
 
     def chain(self, keys: ContextKeys, n: int, start: int = 0) -> tuple[int, list[Piece]]:

@@ -10,9 +10,8 @@ from erllama_core.cache.catalog import Catalog
 from erllama_core.cache.pins import Pinned
 from erllama_core.cache.tiers import TierStore
 from erllama_core.errors import BlockNotFound, CacheError
+from erllama_core.interfaces.block import KEY_BYTES
 from erllama_core.results import CacheKey
-
-_KEY_BYTES: Final = 32
 
 
 class Pinning:
@@ -31,8 +30,8 @@ class Pinning:
         Tiers that record pins come before those that forget them. ``settle`` waits for what is
         on its way to the tiers. Raises CacheError when the pin cannot be recorded.
         """
-        if len(key) != _KEY_BYTES:
-            raise ValueError(f"a key has {_KEY_BYTES} bytes, not {len(key)}")
+        if len(key) != KEY_BYTES:
+            raise ValueError(f"a key has {KEY_BYTES} bytes, not {len(key)}")
         ordered = sorted(stores, key=lambda store: store.records is None)
         for patience in (settle, None):
             for store in ordered:
@@ -75,7 +74,7 @@ class Pinning:
             for key in known - recorded:
                 self._unpin_in(store, key)
             for key in recorded - known:
-                if len(key) == _KEY_BYTES:
+                if len(key) == KEY_BYTES:
                     with self._catalog.lock:
                         self._catalog.rank_anew(store, pins.add(key))
 

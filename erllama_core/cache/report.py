@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Final
 
 import attrs
 
@@ -12,7 +14,11 @@ from erllama_core.cache.counters import Amount
 from erllama_core.cache.index import Entry
 from erllama_core.cache.tiers import TierStore
 from erllama_core.errors import CacheError
+from erllama_core.interfaces.block import ObjectId
 from erllama_core.results import CacheKey
+
+_AT_ONCE: Final = 256
+"""Objects that are looked at in one hold of the lock."""
 
 
 @attrs.frozen(kw_only=True)
@@ -53,7 +59,14 @@ class Usage:
 def rows_of(catalog: Catalog) -> list[Row]:
     """Every known object, one row per tier that has it, and those being written."""
     with catalog.lock:
-        return [row for entry in catalog.index for row in _rows(catalog, entry)]
+        entries = list(catalog.index)
+    rows: list[Row] = []
+    for first in range(0, len(entries), _AT_ONCE):
+        # Requests need the lock too, so it is held for some objects at a time.
+        with catalog.lock:
+            seen = [one for e in entries[first : first + _AT_ONCE] for one in _rows(catalog, e)]
+        rows += [row(location=_location(store, object_id)) for row, store, object_id in seen]
+    return rows
 
 
 def usage_of(catalog: Catalog, store: TierStore) -> Usage:
@@ -77,48 +90,49 @@ def usage_of(catalog: Catalog, store: TierStore) -> Usage:
     )
 
 
-def _rows(catalog: Catalog, entry: Entry) -> list[Row]:
-    def row(
-        tier: str,
-        size: int,
-        used_ns: int,
-        users: int,
-        status: str,
-        hits: int,
-        pinned: bool,
-        why: str,
-        where: str,
-    ) -> Row:
-        return Row(
-            kind=entry.object_id.kind.value,
-            key=CacheKey(entry.object_id.key),
-            tier=tier,
-            start=entry.start,
-            end=entry.end,
-            size_bytes=size,
-            last_used_ns=used_ns,
-            refcount=users,
-            status=status,
-            hits=hits,
-            pinned=pinned,
-            save_reason=why,
-            location=where,
-        )
-
+def _rows(
+    catalog: Catalog, entry: Entry
+) -> list[tuple[Callable[..., Row], TierStore | None, ObjectId]]:
+    """Rows that lack their location, and whose that is. Under the lock."""
+    row = functools.partial(
+        Row,
+        kind=entry.object_id.kind.value,
+        key=CacheKey(entry.object_id.key),
+        start=entry.start,
+        end=entry.end,
+    )
     if not entry.copies and entry.pages is not None:
-        size = len(entry.pages.view)
-        return [row("", size, time.time_ns(), 1, "writing", 0, False, "", "a save buffer")]
+        writing = functools.partial(
+            row,
+            tier="",
+            size_bytes=len(entry.pages.view),
+            last_used_ns=time.time_ns(),
+            refcount=1,
+            status="writing",
+            hits=0,
+            pinned=False,
+            save_reason="",
+        )
+        return [(writing, None, entry.object_id)]
     return [
-        row(
-            copy.tier.name,
-            copy.size_bytes,
-            copy.last_used_ns,
-            copy.users,
-            "stored",
-            copy.hits,
-            catalog.pins[copy.tier].protects(entry),
-            copy.save_reason,
-            copy.tier.tier.location(entry.object_id),
+        (
+            functools.partial(
+                row,
+                tier=copy.tier.name,
+                size_bytes=copy.size_bytes,
+                last_used_ns=copy.last_used_ns,
+                refcount=copy.users,
+                status="stored",
+                hits=copy.hits,
+                pinned=catalog.pins[copy.tier].protects(entry),
+                save_reason=copy.save_reason,
+            ),
+            copy.tier,
+            entry.object_id,
         )
         for copy in entry.copies
     ]
+
+
+def _location(store: TierStore | None, object_id: ObjectId) -> str:
+    return "a save buffer" if store is None else store.tier.location(object_id)

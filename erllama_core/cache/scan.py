@@ -121,11 +121,13 @@ class Scanner:
                 self._running -= 1
                 last = not self._running
             self._call_those_that_need_not_wait()
-            if not self._stopping:
-                self._scanned(store)
-            if last:
-                self._timer.cancel()
-                self._done.set()
+            try:
+                if not self._stopping:
+                    self._scanned(store)
+            finally:
+                if last:
+                    self._timer.cancel()
+                    self._done.set()
         if last and not self._stopping:
             with contextlib.suppress(OSError):
                 self._catalog.pool.prepare(size for _, size in sorted(self._latest, reverse=True))

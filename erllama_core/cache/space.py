@@ -114,7 +114,7 @@ class ModelSpace:
     # ------------------------------------------------------------------ finding
 
     def find(self, keys: ContextKeys, *, may_sample: bool) -> Match:
-        """The longest stored prefix of a prompt, counted as a hit or a miss.
+        """The longest stored prefix of a prompt. :meth:`count` says what became of it.
 
         ``may_sample``: whether the request could sample its first token from a mark.
         """

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from erllama_core.cli.bench_steps import Measured, Plan, run_bench
-from erllama_core.cli.demo_model import fetch_demo_model
+from erllama_core.cli.fetching import fetch_visibly
 
 
 def _lengths(_context: click.Context, _parameter: click.Parameter, value: str) -> tuple[int, ...]:
@@ -67,7 +67,7 @@ def bench(
     if size is not None and model_path is not None:
         raise click.UsageError("name a SIZE, or a --model, not both")
     console = Console(stderr=as_json)
-    path = fetch_demo_model() if model_path is None else model_path
+    path = fetch_visibly(console) if model_path is None else model_path
     found: list[Measured] = []
 
     def done(measured: Measured) -> None:

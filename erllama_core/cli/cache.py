@@ -14,6 +14,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from erllama_core.cache.budget import in_words
 from erllama_core.cache.tiers import NamedTier
 from erllama_core.cli.cache_pins import change_pin, protected_objects
 from erllama_core.cli.cache_removal import Held, Removal, held, remove
@@ -23,7 +24,6 @@ from erllama_core.cli.cache_survey import list_objects
 from erllama_core.cli.cache_tables import (
     count,
     findings_table,
-    human_size,
     listing_table,
     show,
     stats_table,
@@ -131,7 +131,7 @@ def verify(
         table = findings_table(verification)
         if table is not None:
             show(table)
-        whole = f"{count(verification.intact)} whole, {human_size(verification.intact_bytes)}"
+        whole = f"{count(verification.intact)} whole, {in_words(verification.intact_bytes)}"
         gone = f"; {verification.vanished} removed meanwhile" if verification.vanished else ""
         click.echo(f"{whole}; {len(verification.damaged)} damaged{gone}")
     ctx.exit(0 if verification.ok else 1)
@@ -158,7 +158,7 @@ def gc(
     holdings = _holdings(source)
     if holdings and not yes:
         listed = ", ".join(
-            f"{count(amount.objects)} ({human_size(amount.size_bytes)}) from {name}"
+            f"{count(amount.objects)} ({in_words(amount.size_bytes)}) from {name}"
             for name, amount in holdings.items()
         )
         # On standard error, which is where questions do not disturb the JSON.
@@ -213,7 +213,7 @@ def pin(
     for pinned in () if as_json else state.pinned:
         click.echo(
             f"{state.key} is pinned in {pinned.tier}: {count(pinned.rows)}, "
-            f"{human_size(pinned.bytes)}"
+            f"{in_words(pinned.bytes)}"
         )
 
 
@@ -285,7 +285,7 @@ def _report(ctx: click.Context, removal: Removal, as_json: bool) -> None:
         _print_json(attrs.asdict(removal))
     else:
         damaged = f", and {removal.damaged} damaged" if removal.damaged else ""
-        size = human_size(removal.removed_bytes)
+        size = in_words(removal.removed_bytes)
         pinned = f", {removal.pinned} of them pinned" if removal.pinned else ""
         click.echo(
             f"removed {count(removal.removed)}, {size}{damaged}; {removal.left} left{pinned}"

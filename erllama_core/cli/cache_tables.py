@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from erllama_core.cache.budget import in_words
 from erllama_core.cli.cache_stats import TierStats
 from erllama_core.cli.cache_survey import Listed
 from erllama_core.cli.cache_verify import Verification
@@ -22,16 +23,6 @@ _PICTURES: Final = {**PICTURES, ord("\n"): "\u240a", ord("\t"): "\u2409"}
 _COLUMNS: Final = 4096
 """Wider than any table. A table that is wider than the terminal is better wrapped by that than
 robbed of a column, and a pipe has a line for each object."""
-
-
-def human_size(n_bytes: int) -> str:
-    """``1536`` as ``1.5 KiB``."""
-    size = float(n_bytes)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{n_bytes} B" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"
 
 
 def human_time(time_ns: int) -> str:
@@ -68,7 +59,7 @@ def listing_table(rows: Iterable[Listed]) -> Table:
             str(row.start),
             _or_dash(row.end),
             _or_dash(row.tokens),
-            human_size(row.size_bytes),
+            in_words(row.size_bytes),
             human_time(row.last_used_ns),
             _or_dash(row.save_reason),
             "yes" if row.pinned else "-",
@@ -85,17 +76,17 @@ def stats_table(tiers: Sequence[TierStats]) -> Table:
         _add(table, title, *cells)
 
     line("tier kind", (stats.kind for stats in tiers))
-    line("objects", (f"{stats.objects}, {human_size(stats.size_bytes)}" for stats in tiers))
+    line("objects", (f"{stats.objects}, {in_words(stats.size_bytes)}" for stats in tiers))
     for kind in tiers[0].by_kind:
         amounts = [stats.by_kind[kind] for stats in tiers]
         if any(amount.objects for amount in amounts):
-            line(f"  {kind}", (f"{a.objects}, {human_size(a.size_bytes)}" for a in amounts))
-    line("used", (human_size(stats.used_bytes) for stats in tiers))
+            line(f"  {kind}", (f"{a.objects}, {in_words(a.size_bytes)}" for a in amounts))
+    line("used", (in_words(stats.used_bytes) for stats in tiers))
     line(
         "quota",
-        ("none" if s.quota_bytes is None else human_size(s.quota_bytes) for s in tiers),
+        ("none" if s.quota_bytes is None else in_words(s.quota_bytes) for s in tiers),
     )
-    line("pinned", (f"{s.pins}, {human_size(s.pinned_bytes)}" for s in tiers))
+    line("pinned", (f"{s.pins}, {in_words(s.pinned_bytes)}" for s in tiers))
     line("context ends", (str(stats.context_ends) for stats in tiers))
     line("damaged", (str(stats.damaged) for stats in tiers))
     line("unknown format", (str(stats.unknown_format) for stats in tiers))

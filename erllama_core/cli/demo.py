@@ -11,11 +11,10 @@ import attrs
 import click
 from rich.console import Console
 from rich.live import Live
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Table
 
-from erllama_core.cli.demo_model import DEMO_MODEL, fetch_demo_model
 from erllama_core.cli.demo_steps import STEPS, Outcome, Setup, run_steps
+from erllama_core.cli.fetching import fetch_visibly
 
 _EXPLAINED = {
     "cold": "the prompt, for the first time",
@@ -40,7 +39,7 @@ def demo(model_path: Path | None, as_json: bool) -> None:
     The cache is a temporary folder; nothing but the model file is kept.
     """
     console = Console(stderr=as_json)
-    path = _fetch(console) if model_path is None else model_path
+    path = fetch_visibly(console) if model_path is None else model_path
     outcomes: list[Outcome] = []
     with tempfile.TemporaryDirectory(prefix="erllama-demo-") as root:
         live: AbstractContextManager[Live | None] = (
@@ -98,14 +97,3 @@ def _table(outcomes: list[Outcome]) -> Table:
             f"{outcomes[0].first_token_s / outcome.first_token_s:,.0f} x",
         )
     return table
-
-
-def _fetch(console: Console) -> Path:
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
-    with Progress(*columns, TransferSpeedColumn(), console=console, transient=True) as progress:
-        task = progress.add_task(f"fetching {DEMO_MODEL.name}", total=None)
-
-        def show(fetched: int, total: int) -> None:
-            progress.update(task, completed=fetched, total=total)
-
-        return fetch_demo_model(show)

@@ -38,12 +38,15 @@ def new_plugin(kind: str, name: str, directory: Path | None) -> None:
             param_hint="NAME",
         )
     folder = directory or Path(f"erllama-{kind}-{own.replace('_', '-')}")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise click.ClickException(f"{folder} is not empty; name a new folder with --directory")
-    for path, text in skeleton(kind, own):
-        target = folder / path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(text, "utf-8")
+    try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise click.ClickException(f"{folder} is not empty; name a new folder with --directory")
+        for path, text in skeleton(kind, own):
+            target = folder / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(text, "utf-8")
+    except OSError as error:
+        raise click.ClickException(f"{folder} cannot be written: {error}") from error
     click.echo(f"{folder}: a plugin of kind {kind} called {own!r}. Its tests pass as they are:")
     click.echo(f"    cd {folder} && PYTHONPATH=. python -m pytest tests")
     click.echo("They need the conformance kit: pip install 'erllama-core[conformance]'")

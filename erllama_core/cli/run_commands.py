@@ -8,7 +8,8 @@ from typing import Final
 
 import attrs
 
-from erllama_core.cli.cache_tables import count, human_size
+from erllama_core.cache.budget import in_words
+from erllama_core.cli.cache_tables import count
 from erllama_core.cli.console import Console
 from erllama_core.cli.conversation import SETTABLE, Conversation
 from erllama_core.cli.explained import explanation_lines
@@ -140,12 +141,12 @@ class Commands:
             f"{counters.saves_dropped} dropped, {counters.evictions} evicted"
         )
         for usage in self._engine.cache.usage():
-            of = "" if usage.quota_bytes is None else f" of {human_size(usage.quota_bytes)}"
-            yield f"tier {usage.tier}: {human_size(usage.used_bytes)}{of}"
+            of = "" if usage.quota_bytes is None else f" of {in_words(usage.quota_bytes)}"
+            yield f"tier {usage.tier}: {in_words(usage.used_bytes)}{of}"
         memory = self._engine.cache.memory()
         if memory.budget_bytes is not None:
-            budget = human_size(memory.budget_bytes)
-            yield f"memory budget: {human_size(memory.used_bytes)} of {budget}"
+            budget = in_words(memory.budget_bytes)
+            yield f"memory budget: {in_words(memory.used_bytes)} of {budget}"
         yield _pressure(self._engine.pressure.status())
 
 
@@ -154,7 +155,7 @@ def _pressure(status: PressureStatus) -> str:
         return "pressure: not watched"
     top = status.tightest
     now = "no reading yet" if top is None else f"{top.resource} {top.usage:.0%}"
-    freed = f"given back {count(status.releases, 'time')}, {human_size(status.freed_bytes)}"
+    freed = f"given back {count(status.releases, 'time')}, {in_words(status.freed_bytes)}"
     return f"pressure: {now}, {freed}"
 
 
@@ -165,7 +166,7 @@ def _last_reply(stats: Stats) -> Iterator[str]:
     )
     yield (
         f"  {stats.cache_hit_kind}: {stats.cache_delta.read} tokens reused, "
-        f"{human_size(stats.restored_bytes)} restored; {stats.cache_delta.created} tokens saved"
+        f"{in_words(stats.restored_bytes)} restored; {stats.cache_delta.created} tokens saved"
     )
     first = "never" if stats.first_token_s is None else f"{stats.first_token_s:.3f} s"
     yield (

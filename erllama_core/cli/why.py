@@ -52,7 +52,7 @@ def why(
     """
     if len(prompt_files) > 2:
         raise click.UsageError("at most two prompt files can be compared")
-    texts = [_text_of(path) for path in prompt_files]
+    texts = [_text(path) for path in prompt_files]
     config = load_config(config_path)
     if model_id not in config.models:
         raise ModelNotFound(f"{config_path}: {unknown_name('model', model_id, config.models)}")
@@ -80,18 +80,14 @@ def why(
         click.echo(_parting_in_words(parting))
 
 
-def _text_of(path: Path) -> str:
+def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise click.BadParameter(
-            f"{path} is not UTF-8 at byte {error.start}; a prompt is text",
-            param_hint="'--prompt-file'",
-        ) from error
+        reason = f"a prompt is UTF-8, and this is not, at byte {error.start}"
     except OSError as error:
-        raise click.BadParameter(
-            f"{path} cannot be read: {error.strerror or error}", param_hint="'--prompt-file'"
-        ) from error
+        reason = f"cannot be read: {error.strerror or error}"
+    raise click.BadParameter(f"{path}: {reason}", param_hint="--prompt-file")
 
 
 def _in_words(path: Path, prompt: Prompt, explanation: Explanation) -> str:

@@ -115,7 +115,7 @@ def _parse(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_bytes().decode())
     except OSError as error:
-        refuse(str(path), f"cannot be read: {error.strerror or error}")
+        refuse("the file", f"cannot be read: {error.strerror or error}")
     except UnicodeDecodeError as error:
         refuse(f"byte {error.start}", "a TOML file is UTF-8, and this is not")
     except tomllib.TOMLDecodeError as error:

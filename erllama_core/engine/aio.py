@@ -8,10 +8,16 @@ import weakref
 from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, Unpack
 
+from erllama_core.cache.cache import Cache
+from erllama_core.cache.catalog import Evicted
+from erllama_core.cache.meta import BlockMeta
+from erllama_core.cache.pins import Pinned
+from erllama_core.cache.report import Row, Usage
 from erllama_core.config import EngineConfig, ModelConfig
 from erllama_core.engine.reload_plan import Reloaded
 from erllama_core.engine.reloading import ConfigSource
 from erllama_core.errors import EngineClosed
+from erllama_core.interfaces.block import Bytes, Header
 from erllama_core.model.model import Model, ModelRef, PromptLike
 from erllama_core.model.options import ReplyKwargs, RequestKwargs
 from erllama_core.pressure.monitor import Monitor
@@ -33,6 +39,61 @@ class AsyncPressure:
     async def force_check(self) -> PressureStatus:
         """See :meth:`Monitor.force_check`."""
         return await asyncio.to_thread(self._monitor.force_check)
+
+
+class AsyncCache:
+    """What of :class:`~erllama_core.cache.cache.Cache` blocks, for coroutines."""
+
+    def __init__(self, cache: Cache) -> None:
+        self._cache: Final = cache
+
+    async def save(
+        self, tier: str, meta: BlockMeta, payload: Bytes
+    ) -> tuple[CacheKey, Header, int]:
+        """See :meth:`Cache.save`."""
+        return await asyncio.to_thread(self._cache.save, tier, meta, payload)
+
+    async def load(
+        self, tier: str, key: CacheKey, *, start: int = 0
+    ) -> tuple[Mapping[str, Any], bytes]:
+        """See :meth:`Cache.load`."""
+        return await asyncio.to_thread(self._cache.load, tier, key, start=start)
+
+    async def dump(self) -> list[Row]:
+        """See :meth:`Cache.dump`."""
+        return await asyncio.to_thread(self._cache.dump)
+
+    async def usage(self) -> list[Usage]:
+        """See :meth:`Cache.usage`."""
+        return await asyncio.to_thread(self._cache.usage)
+
+    async def set_quota(self, tier: str, quota_bytes: int | None) -> None:
+        """See :meth:`Cache.set_quota`."""
+        await asyncio.to_thread(self._cache.set_quota, tier, quota_bytes)
+
+    async def pin(self, key: CacheKey | bytes, *, tier: str | None = None) -> Pinned:
+        """See :meth:`Cache.pin`."""
+        return await asyncio.to_thread(self._cache.pin, key, tier=tier)
+
+    async def unpin(self, key: CacheKey | bytes) -> None:
+        """See :meth:`Cache.unpin`."""
+        await asyncio.to_thread(self._cache.unpin, key)
+
+    async def evict_bytes(self, n_bytes: int, tiers: Sequence[str] | None = None) -> Evicted:
+        """See :meth:`Cache.evict_bytes`."""
+        return await asyncio.to_thread(self._cache.evict_bytes, n_bytes, tiers)
+
+    async def gc(self) -> Evicted:
+        """See :meth:`Cache.gc`."""
+        return await asyncio.to_thread(self._cache.gc)
+
+    async def flush(self, timeout_s: float | None = None) -> bool:
+        """See :meth:`Cache.flush`."""
+        return await asyncio.to_thread(self._cache.flush, timeout_s)
+
+    async def wait_scanned(self, timeout_s: float | None = None) -> bool:
+        """See :meth:`Cache.wait_scanned`."""
+        return await asyncio.to_thread(self._cache.wait_scanned, timeout_s)
 
 
 class AsyncEngine:
@@ -173,6 +234,11 @@ class AsyncEngine:
     def pressure(self) -> AsyncPressure:
         """The awaitable twin of what blocks of ``engine.pressure``."""
         return AsyncPressure(self._sync.pressure)
+
+    @property
+    def cache(self) -> AsyncCache:
+        """The awaitable twin of what blocks of ``engine.cache``."""
+        return AsyncCache(self._sync.cache)
 
     async def put_replay(
         self,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import itertools
 import os
 import threading
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, Final, Self, Unpack
+from collections.abc import Callable, Sequence
+from typing import Any, Final, Self
 
 from erllama_core.cache.budget import Hold
 from erllama_core.cache.cache import Cache
@@ -29,6 +30,7 @@ from erllama_core.config import (
 )
 from erllama_core.config.structuring import dotted
 from erllama_core.engine.aio import AsyncEngine
+from erllama_core.engine.calls import ModelCalls
 from erllama_core.engine.model_table import ModelTable
 from erllama_core.engine.release import Releaser
 from erllama_core.engine.reload_plan import Reloaded
@@ -56,23 +58,12 @@ from erllama_core.interfaces.telemetry import (
 from erllama_core.interfaces.tier import Tier
 from erllama_core.model.footprint import set_aside
 from erllama_core.model.loading import open_model
-from erllama_core.model.model import Model, ModelRef, PromptLike, ReplySetup
-from erllama_core.model.options import ReplyKwargs, RequestKwargs
+from erllama_core.model.model import Model, ModelRef
+from erllama_core.model.parts import ReplySetup
 from erllama_core.pressure.monitor import Monitor
-from erllama_core.prompt import Prompt
 from erllama_core.providers import check_made
 from erllama_core.registry import one_line
-from erllama_core.results import (
-    AdapterInfo,
-    CacheHit,
-    CacheKey,
-    Completion,
-    Explanation,
-    ModelInfo,
-    Phase,
-    Prefill,
-    Replay,
-)
+from erllama_core.results import ModelInfo
 from erllama_core.signing import NoSignature
 from erllama_core.stream.pipeline import Stage
 from erllama_core.stream.stream import Stream
@@ -81,7 +72,7 @@ from erllama_core.telemetry import Notifier
 log = get_logger("erllama.engine")
 
 
-class Engine:
+class Engine(ModelCalls):
     """One per process; thread-safe; a context manager.
 
     ``config`` decides tiers, cache and plugins; its models are loaded by
@@ -104,28 +95,16 @@ class Engine:
             raise ConfigError(problems)
         for warning in config_warnings(config, self.plugins):
             log.warning("config.questionable", path=warning.path, message=warning.message)
-        self._notifier: Final = Notifier(self.plugins.listeners)
-        settings = config.cache
-        self._cache: Final = Cache(
-            self._open_tiers(config.tiers),
-            max_inflight_bytes=settings.max_inflight_bytes,
-            writer_threads=settings.writer_threads,
-            loader_threads=settings.loader_threads,
-            marks_share=settings.marks_share,
-            read_timeout_s=settings.read_timeout_ms / 1000,
-            write_timeout_s=settings.write_timeout_ms / 1000,
-            memory_budget_bytes=config.engine.memory_budget_bytes,
-            on_event=self._teller(CacheEvent),
-        )
         self._closing: Final = threading.Lock()
         self._models: Final = ModelTable()
         self._ids: Final = itertools.count(1)
-        try:
+        with contextlib.ExitStack() as undo:
+            self._notifier: Final = Notifier(self.plugins.listeners)
+            undo.callback(self._notifier.close)
+            self._cache: Final = self._open_cache(config)
+            undo.callback(self._cache.close)
             self._pressure: Final = self._open_pressure(config)
-        except BaseException:
-            self._cache.close()
-            self._notifier.close()
-            raise
+            undo.pop_all()
         self._reloader: Final = Reloader(
             Settings(config, signing_key),
             self._models,
@@ -187,6 +166,26 @@ class Engine:
         if settings.enabled:
             monitor.enable()
         return monitor
+
+    def _open_cache(self, config: EngineConfig) -> Cache:
+        settings = config.cache
+        tiers = self._open_tiers(config.tiers)
+        try:
+            return Cache(
+                tiers,
+                max_inflight_bytes=settings.max_inflight_bytes,
+                writer_threads=settings.writer_threads,
+                loader_threads=settings.loader_threads,
+                marks_share=settings.marks_share,
+                read_timeout_s=settings.read_timeout_ms / 1000,
+                write_timeout_s=settings.write_timeout_ms / 1000,
+                memory_budget_bytes=config.engine.memory_budget_bytes,
+                on_event=self._teller(CacheEvent),
+            )
+        except BaseException:
+            for named in tiers:
+                named.tier.close()
+            raise
 
     def _open_tiers(self, tiers: Sequence[TierConfig]) -> list[NamedTier]:
         opened: list[NamedTier] = []
@@ -296,7 +295,10 @@ class Engine:
         found = self._models.take(model)
         if found is None:
             return
-        found.close()
+        try:
+            found.close()
+        finally:
+            self._models.forget(found)
         log.info("model.unloaded", model=found.id)
 
     def _unload_if_idle(self, model: Model) -> bool:
@@ -310,16 +312,6 @@ class Engine:
         """Every loaded model."""
         return [model.info() for model in self._models.all()]
 
-    def phase(self, model: ModelRef) -> Phase:
-        """What a model is doing, without waiting for it; an unknown one is idle."""
-        found = self._find(model)
-        return "idle" if found is None else found.phase()
-
-    def pending_len(self, model: ModelRef) -> int:
-        """Requests that wait for a sequence of a model; 0 for an unknown one."""
-        found = self._find(model)
-        return 0 if found is None else found.pending_len()
-
     def queue_depth(self, model: ModelRef | None = None) -> int:
         """Streams of a model, or of all, that have not ended; 0 for an unknown one."""
         if model is not None:
@@ -327,101 +319,7 @@ class Engine:
             return 0 if found is None else found.queue_depth()
         return sum(one.queue_depth() for one in self._models.all())
 
-    def last_cache_hit(self, model: ModelRef) -> CacheHit | None:
-        """What the request found that a model admitted last; None before, or if unknown."""
-        found = self._find(model)
-        return None if found is None else found.last_cache_hit()
-
-    def _find(self, model: ModelRef) -> Model | None:
-        return self._models.find(model)
-
-    def model_info(self, model: ModelRef) -> ModelInfo:
-        """One loaded model. Raises ModelNotFound."""
-        return self._resolve(model).info()
-
     # ----------------------------------------------------------------- requests
-
-    def complete(
-        self, model: ModelRef, prompt: PromptLike, **options: Unpack[RequestKwargs]
-    ) -> Completion:
-        """See :meth:`Model.complete`."""
-        return self._resolve(model).complete(prompt, **options)
-
-    def infer(
-        self, model: ModelRef, prompt: PromptLike, **options: Unpack[RequestKwargs]
-    ) -> Stream:
-        """See :meth:`Model.infer`."""
-        return self._resolve(model).infer(prompt, **options)
-
-    def prefill_only(
-        self,
-        model: ModelRef,
-        prompt: PromptLike,
-        *,
-        parent_key: CacheKey | None = None,
-        cache_salt: str | None = None,
-        pin: bool = False,
-    ) -> Prefill:
-        """See :meth:`Model.prefill_only`."""
-        return self._resolve(model).prefill_only(
-            prompt, parent_key=parent_key, cache_salt=cache_salt, pin=pin
-        )
-
-    def continue_session(
-        self,
-        model: ModelRef,
-        suffix_tokens: Sequence[int],
-        *,
-        session_id: Hashable,
-        expect_committed: Sequence[int] | None = None,
-        **options: Unpack[ReplyKwargs],
-    ) -> Stream:
-        """See :meth:`Model.continue_session`."""
-        return self._resolve(model).continue_session(
-            suffix_tokens, session_id=session_id, expect_committed=expect_committed, **options
-        )
-
-    def end_session(self, model: ModelRef, session_id: Hashable) -> None:
-        """See :meth:`Model.end_session`; an unknown model is a no-op too."""
-        found = self._find(model)
-        if found is not None:
-            found.end_session(session_id)
-
-    def reset_session(self, model: ModelRef, session_id: Hashable) -> bool:
-        """See :meth:`Model.reset_session`."""
-        return self._resolve(model).reset_session(session_id)
-
-    def load_adapter(
-        self,
-        model: ModelRef,
-        path: str | os.PathLike[str],
-        *,
-        name: str | None = None,
-        scale: float = 1.0,
-        timeout_s: float | None = None,
-    ) -> AdapterInfo:
-        """See :meth:`Model.load_adapter`."""
-        return self._resolve(model).load_adapter(path, name=name, scale=scale, timeout_s=timeout_s)
-
-    def unload_adapter(self, model: ModelRef, name: str, *, timeout_s: float | None = None) -> None:
-        """See :meth:`Model.unload_adapter`."""
-        self._resolve(model).unload_adapter(name, timeout_s=timeout_s)
-
-    def set_adapter_scale(
-        self, model: ModelRef, name: str, scale: float, *, timeout_s: float | None = None
-    ) -> None:
-        """See :meth:`Model.set_adapter_scale`."""
-        self._resolve(model).set_adapter_scale(name, scale, timeout_s=timeout_s)
-
-    def list_adapters(self, model: ModelRef) -> list[AdapterInfo]:
-        """See :meth:`Model.list_adapters`."""
-        return self._resolve(model).list_adapters()
-
-    def why(
-        self, model: ModelRef, prompt: PromptLike, *, cache_salt: str | None = None
-    ) -> Explanation:
-        """See :meth:`Model.why`."""
-        return self._resolve(model).why(prompt, cache_salt=cache_salt)
 
     def cancel(self, stream_or_request_id: Stream | int) -> None:
         """End a request at its next token; ``Done`` still comes. Idempotent, unknown is a no-op.
@@ -434,73 +332,10 @@ class Engine:
         loaded = self._models.all()
         any(model.cancel(stream_or_request_id) for model in loaded)
 
-    def tokenize(
-        self,
-        model: ModelRef,
-        text: str,
-        *,
-        add_bos: bool | None = None,
-        parse_special: bool = True,
-    ) -> Prompt:
-        """See :meth:`Model.tokenize`."""
-        return self._resolve(model).tokenize(text, add_bos=add_bos, parse_special=parse_special)
-
-    def detokenize(self, model: ModelRef, tokens: Sequence[int]) -> str:
-        """See :meth:`Model.detokenize`."""
-        return self._resolve(model).detokenize(tokens)
-
-    def apply_chat_template(
-        self,
-        model: ModelRef,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        tools: Sequence[Any] | None = None,
-        documents: Sequence[Any] | None = None,
-        add_generation_prompt: bool = True,
-        cache_salt: str | None = None,
-        **variables: Any,
-    ) -> Prompt:
-        """See :meth:`Model.apply_chat_template`."""
-        return self._resolve(model).apply_chat_template(
-            messages,
-            tools=tools,
-            documents=documents,
-            add_generation_prompt=add_generation_prompt,
-            cache_salt=cache_salt,
-            **variables,
-        )
-
-    def put_replay(
-        self,
-        model: ModelRef,
-        ids: str | Sequence[str],
-        completion: Completion,
-        *,
-        cache_salt: str | None = None,
-    ) -> bool:
-        """See :meth:`Model.put_replay`."""
-        return self._resolve(model).put_replay(ids, completion, cache_salt=cache_salt)
-
-    def get_replay(
-        self, model: ModelRef, replay_id: str, *, cache_salt: str | None = None
-    ) -> Replay | None:
-        """See :meth:`Model.get_replay`."""
-        return self._resolve(model).get_replay(replay_id, cache_salt=cache_salt)
-
-    def drop_replay(
-        self, model: ModelRef, replay_id: str, *, cache_salt: str | None = None
-    ) -> None:
-        """See :meth:`Model.drop_replay`."""
-        self._resolve(model).drop_replay(replay_id, cache_salt=cache_salt)
-
     def verify_thinking(self, thinking: str | bytes, signature: bytes) -> bool:
         """Whether an engine with this one's key signed this thinking; False without a key."""
         key = self._reloader.settings.signing_key
         return key is not None and key.verify(thinking, signature)
-
-    def embed(self, model: ModelRef, prompt: PromptLike) -> list[float]:
-        """See :meth:`Model.embed`."""
-        return self._resolve(model).embed(prompt)
 
     # ---------------------------------------------------------------- lifecycle
 
@@ -573,6 +408,9 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _find(self, model: ModelRef) -> Model | None:
+        return self._models.find(model)
 
     def _resolve(self, model: ModelRef) -> Model:
         self._check_open()

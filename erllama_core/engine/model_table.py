@@ -19,6 +19,7 @@ class ModelTable:
         self._configs: dict[str, ModelConfig] = {}
         self._named: set[str] = set()
         self._loading: set[str] = set()
+        self._leaving: set[Model] = set()
         self._closed = False
 
     # ----------------------------------------------------------------- loading
@@ -44,7 +45,7 @@ class ModelTable:
             self._configs[model.id] = config
 
     def take(self, model: ModelRef) -> Model | None:
-        """Take a model out, to be closed; None when it is not there."""
+        """Take a model out, to be closed and then forgotten; None when it is not there."""
         name = model if isinstance(model, str) else model.id
         with self._lock:
             found = self._models.get(name)
@@ -53,7 +54,13 @@ class ModelTable:
             del self._models[name]
             self._configs.pop(name, None)
             self._named.discard(name)
+            self._leaving.add(found)
             return found
+
+    def forget(self, model: Model) -> None:
+        """A model that was taken out is closed."""
+        with self._lock:
+            self._leaving.discard(model)
 
     # ----------------------------------------------------------------- looking
 
@@ -108,10 +115,10 @@ class ModelTable:
         return self._closed
 
     def close(self) -> list[Model]:
-        """Take no more models; those that are to be closed."""
+        """Take no more models; those that are to be closed, or are being closed by others."""
         with self._lock:
             self._closed = True
-            return list(self._models.values())
+            return [*self._models.values(), *self._leaving]
 
     def clear(self) -> None:
         """All of them are closed."""

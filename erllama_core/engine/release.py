@@ -27,8 +27,8 @@ class Releaser:
 
     Objects of the tiers first, which are the cheapest to have again. Then idle sequences, whose
     state is saved before where there is more than memory to save it to; and what that put into
-    memory. Then, if it may, the idle model that
-    was used longest ago; one at a time, as nothing tells beforehand what that brings.
+    memory. Then, if it may, the idle model that was used longest ago; one at a time, as nothing
+    tells beforehand what that brings.
     """
 
     def __init__(

@@ -32,7 +32,7 @@ from erllama_core.errors import (
 )
 from erllama_core.interfaces.backend import Adapter, Adapts, BackendModel, Context
 from erllama_core.interfaces.log import get_logger
-from erllama_core.model.fingerprint import file_fingerprint
+from erllama_core.model.fingerprint import file_fingerprint, file_identity
 from erllama_core.model.request import Request
 from erllama_core.model.roster import Roster
 from erllama_core.model.sequences import SequencePool
@@ -115,18 +115,17 @@ def open_adapter(
     except ModelLoadError as error:
         reason = error.reason or str(error)
         raise AdapterLoadError(f"cannot read the adapter file {file}", reason=reason) from error
-    after = file.stat() if file.exists() else None
-    if after is None or _identity(after) != _identity(before):
+    try:
+        is_same = file_identity(file.stat()) == file_identity(before)
+    except OSError:
+        is_same = False
+    if not is_same:
         weights.close()
         raise AdapterLoadError(f"the adapter file {file} was changed while it was loaded")
     return LoadedAdapter(
         AdapterInfo(name=name, path=str(path), scale=float(scale), fingerprint=fingerprint.hex()),
         weights,
     )
-
-
-def _identity(stat: os.stat_result) -> tuple[int, int, int, int]:
-    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def _load(backend: Adapts, backend_name: str, file: Path) -> Adapter:
@@ -240,22 +239,27 @@ class AdapterTable:
         """Return when a change is in effect. Raises what kept it from that, AdapterTimeout.
 
         ``withdrawn`` is called when it was taken back, since the time was up or the wait was
-        interrupted.
+        interrupted. What interrupts a change that is being made, as Ctrl-C does, is raised when
+        that is over.
         """
+        taken_back = False
         try:
-            in_time = change.done.wait(timeout_s)
+            if not change.done.wait(timeout_s):
+                taken_back = self.withdraw(change)
+                if not taken_back:
+                    change.done.wait()  # it is being done, and nobody is waited for any more
         except BaseException:
             if self.withdraw(change):
                 withdrawn()
+            elif change.has_begun:
+                change.done.wait()
             raise
-        if not in_time:
-            if self.withdraw(change):
-                withdrawn()
-                raise AdapterTimeout(
-                    f"the requests that run did not end within {timeout_s} s, and adapters are "
-                    f"changed between requests; wait longer, or cancel them"
-                )
-            change.done.wait()  # it is being done, and nobody is waited for any more
+        if taken_back:
+            withdrawn()
+            raise AdapterTimeout(
+                f"the requests that run did not end within {timeout_s} s, and adapters are "
+                f"changed between requests; wait longer, or cancel them"
+            )
         if change.error is not None:
             raise change.error
 

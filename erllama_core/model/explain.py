@@ -106,6 +106,11 @@ def _reason(finding: Finding, kv_class: KVClass, reused: int) -> str:
         )
     if not stored and not finding.divergence.stored_next:
         return "nothing is stored that begins like this prompt, under this model and cache_salt"
+    if finding.divergence.is_out_of_reach:
+        return (
+            f"the first {stored} tokens can be read; more is stored, in tiers that this model does "
+            "not use or that do not answer"
+        )
     if finding.divergence.stored_next:
         return f"the first {stored} tokens are stored; the stored context goes on differently there"
     return f"the first {stored} tokens are stored; the stored context ends there"

@@ -35,7 +35,7 @@ def file_fingerprint(path: Path, memory: Path | None = None) -> bytes:
     record = _record(memory)
     try:
         with path.open("rb") as file:
-            identity = _identity(os.fstat(file.fileno()))
+            identity = file_identity(os.fstat(file.fileno()))
             known = _recall(record).get(identity)
             if known is not None:
                 return bytes.fromhex(known)
@@ -43,7 +43,10 @@ def file_fingerprint(path: Path, memory: Path | None = None) -> bytes:
             after = os.fstat(file.fileno())
     except OSError as error:
         raise _unreadable(path, error) from error
-    if _identity(after) == identity and not 0 <= time.time_ns() - after.st_mtime_ns < _SETTLED_NS:
+    if (
+        file_identity(after) == identity
+        and not 0 <= time.time_ns() - after.st_mtime_ns < _SETTLED_NS
+    ):
         _remember(record, identity, digest.hex())
     return digest
 
@@ -104,7 +107,8 @@ def _unreadable(path: Path, error: OSError) -> ModelLoadError:
     return ModelLoadError(f"cannot read the model file {path}", reason=str(error))
 
 
-def _identity(stat: os.stat_result) -> str:
+def file_identity(stat: os.stat_result) -> str:
+    """What changes when a file is replaced or written to."""
     return f"{stat.st_dev}:{stat.st_ino}:{stat.st_size}:{stat.st_mtime_ns}"
 
 

@@ -28,9 +28,10 @@ from erllama_core.model.fingerprint import (
     chunked_fingerprint,
     combined,
     file_fingerprint,
+    file_identity,
     weights_files,
 )
-from erllama_core.model.model import ModelParts, ReplySetup
+from erllama_core.model.parts import ModelParts, ReplySetup
 from erllama_core.model.worker import Worker, WorkerOptions
 from erllama_core.providers import BackendProvider, check_made
 
@@ -170,15 +171,14 @@ def _start(worker: Worker, provider: BackendProvider) -> Context:
         ) from error
 
 
-def _file_state(path: Path | None) -> list[tuple[int, int, int, int]]:
+def _file_state(path: Path | None) -> list[str]:
     """What changes when one of a model's files is replaced or written to."""
     if path is None:
         return []
     try:
-        stats = [file.stat() for file in weights_files(path)]
+        return [file_identity(file.stat()) for file in weights_files(path)]
     except OSError as error:
         raise ModelLoadError(f"cannot read the model file {path}", reason=str(error)) from error
-    return [(stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats]
 
 
 def _fingerprint(config: ModelConfig, path: Path | None) -> bytes:

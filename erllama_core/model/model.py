@@ -12,7 +12,6 @@ from typing import Any, Final, Unpack
 import attrs
 
 from erllama_core.cache.budget import Hold
-from erllama_core.cache.cache import Cache
 from erllama_core.cache.policy import SavePolicy
 from erllama_core.errors import (
     CacheError,
@@ -23,16 +22,11 @@ from erllama_core.errors import (
     PromptTooLong,
 )
 from erllama_core.interfaces.backend import (
-    BackendModel,
-    Context,
     Embeds,
     KVClass,
-    Quantisation,
     TellsLogits,
 )
 from erllama_core.interfaces.log import get_logger
-from erllama_core.interfaces.markers import ThinkingMarkers, ToolCallMarkers
-from erllama_core.interfaces.stream import ProcessorRequest, RunningSignature
 from erllama_core.interfaces.telemetry import RequestFinished
 from erllama_core.model.adapters import (
     adapter_name,
@@ -49,9 +43,9 @@ from erllama_core.model.chat_opening import with_opening
 from erllama_core.model.constraint import sampler_maker
 from erllama_core.model.explain import explain
 from erllama_core.model.options import ReplyKwargs, RequestKwargs, RequestOptions
+from erllama_core.model.parts import ModelParts
 from erllama_core.model.replay import Replays
 from erllama_core.model.request import Request
-from erllama_core.model.worker import Worker
 from erllama_core.prompt import Prompt, pack
 from erllama_core.results import (
     AdapterInfo,
@@ -66,7 +60,6 @@ from erllama_core.results import (
     Replay,
     Stats,
 )
-from erllama_core.stream.pipeline import Pipeline, Stage
 from erllama_core.stream.stream import Stream
 
 PromptLike = str | Prompt | Sequence[int]
@@ -75,47 +68,6 @@ PromptLike = str | Prompt | Sequence[int]
 log = get_logger("erllama.model")
 
 _request_ids = itertools.count(1)
-
-
-@attrs.frozen(kw_only=True)
-class ReplySetup:
-    """What a model's replies pass on their way out."""
-
-    stages: tuple[Stage, ...]
-    thinking_markers: ThinkingMarkers | None
-    tool_call_markers: ToolCallMarkers | None
-    begin_signature: Callable[[], RunningSignature]
-
-    def markers(self, options: RequestOptions) -> tuple[str, ...]:
-        """The texts that mark parts of one request's reply."""
-        names = {stage.provider.name for stage in self.stages}
-        texts: list[str] = []
-        if self.thinking_markers is not None and options.thinking and "thinking" in names:
-            texts += self.thinking_markers.texts().values()
-        if self.tool_call_markers is not None and "tool_calls" in names:
-            texts += self.tool_call_markers.texts().values()
-        return tuple(texts)
-
-
-@attrs.frozen(kw_only=True)
-class ModelParts:
-    """What :func:`~.loading.open_model` put together."""
-
-    id: str
-    backend_name: str
-    backend: BackendModel
-    worker: Worker
-    context: Context
-    """For its properties; only the worker calls it."""
-    context_size: int
-    fingerprint: bytes
-    quantisation: Quantisation
-    tiers: tuple[str, ...]
-    chat_template: str | None
-    reply: ReplySetup
-    cache: Cache
-    tell_finished: Callable[[RequestFinished], None] | None
-    """Told of every request that is over, on the worker's thread; None: nobody wants to know."""
 
 
 class Model:
@@ -268,7 +220,7 @@ class Model:
         new_sampler = sampler_maker(
             self._backend, self._parts.backend_name, options, self._parts.reply.markers(options)
         )
-        pipeline = self._pipeline(prompt, options)
+        pipeline = self._parts.reply.pipeline(self.id, self._backend.vocabulary, prompt, options)
         return Request(
             next(_request_ids),
             prompt,
@@ -308,33 +260,6 @@ class Model:
             request.mailbox,
             cancel=lambda: worker.cancel(request),
             context_tokens=lambda: request.context_tokens,
-        )
-
-    def _pipeline(self, prompt: Prompt, options: RequestOptions) -> Pipeline:
-        setup = self._parts.reply
-        if options.stop_sequences and not any(
-            stage.provider.name == "stop_sequences" for stage in setup.stages
-        ):
-            raise NotSupported(
-                f"model {self.id!r} does not look for stop sequences; its processors have no "
-                "'stop_sequences'"
-            )
-        budget = options.thinking_budget_tokens
-        return Pipeline(
-            self._backend.vocabulary,
-            setup.stages,
-            functools.partial(
-                ProcessorRequest,
-                vocabulary=self._backend.vocabulary,
-                prompt=prompt,
-                stop_sequences=options.stop_sequences,
-                thinking=options.thinking,
-                thinking_budget_tokens=None if budget is None or budget <= 0 else budget,
-                thinking_markers=setup.thinking_markers,
-                tool_call_markers=setup.tool_call_markers,
-                begin_signature=setup.begin_signature,
-            ),
-            may_swap=not options.is_constrained,
         )
 
     def why(self, prompt: PromptLike, *, cache_salt: str | None = None) -> Explanation:
@@ -383,7 +308,9 @@ class Model:
         try:
             self._worker.change_adapters(functools.partial(added, adapter), timeout_s)
         except BaseException:
-            adapter.weights.close()
+            # An interrupt does not take back what is in effect by then.
+            if all(one.weights is not adapter.weights for one in self._worker.adapters):
+                adapter.weights.close()
             raise
         return adapter.info
 

@@ -317,17 +317,26 @@ class Restorer:
                 self._restart(request)
             return
         match, mark = fetch.match, fetch.mark
+        lacks_cells = request.computed < match.length
+        if mark is not None and not mark.serves(request.options.sampling()):
+            fetch.release()
+            self.start(request, use_mark=False)
+        elif lacks_cells and not match.has_state:
+            fetch.release()
+            self.start(request)  # the cells that it had were taken meanwhile
+        elif lacks_cells and not self._imported(request, fetch):
+            self._restart(request)
+        else:
+            fetch.release()
+            request.restored_bytes += fetch.n_bytes
+            self._done(request, match, mark)
+
+    def _imported(self, request: Request, fetch: Fetch) -> bool:
+        """Whether the backend took the state, which is released. Notes why not."""
         try:
-            if mark is not None and not mark.serves(request.options.sampling()):
-                self.start(request, use_mark=False)
-                return
-            if request.computed < match.length and not match.has_state:
-                self.start(request)  # the cells that it had were taken meanwhile
-                return
-            if request.computed < match.length and not self._import(request, fetch):
-                _note(request, "the cells for what is stored were taken meanwhile")
-                self._restart(request)
-                return
+            if self._import(request, fetch):
+                return True
+            _note(request, "the cells for what is stored were taken meanwhile")
         except Exception as error:  # noqa: BLE001 - StateRejected, or a backend's own mistake
             # The sequence may hold a part. What was refused once will be refused again, so
             # the prompt is computed: cache trouble never fails a request.
@@ -336,12 +345,9 @@ class Restorer:
             )
             self._space.refused(fetch.match)
             _note(request, f"the backend refused the stored state: {error}")
-            self._restart(request)
-            return
         finally:
             fetch.release()
-        request.restored_bytes += fetch.n_bytes
-        self._done(request, match, mark)
+        return False
 
     def compute_all(self, request: Request) -> None:
         """What it read was none of its state: compute it, and read nothing more."""

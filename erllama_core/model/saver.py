@@ -206,12 +206,12 @@ class Saver:
         try:
             position = self._lay_out(request, keys, end, blocks)
             self._export(request, blocks)
+            while blocks:
+                self._space.submit_block(keys, *blocks.pop(0), reason)
         except BaseException:
             for _, pages in blocks:
                 self._space.forgo(pages)
             raise
-        for block, pages in blocks:
-            self._space.submit_block(keys, block, pages, reason)
         request.saved = position
         ready = request.snapshots.until(position)
         for taken in ready:

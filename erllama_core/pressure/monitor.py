@@ -74,7 +74,7 @@ class Monitor:
         self._answer_within_s: Final = answer_within_s
         self._patience_s: Final = patience_s
         self._changed: Final = threading.Condition()
-        """Guards what follows; never held while anything else is done."""
+        """Guards what follows; never held while a source is asked, or memory is given back."""
         self._thresholds = thresholds
         self._enabled = False
         self._samplers: tuple[Sampler, ...] | None = None

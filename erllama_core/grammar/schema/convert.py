@@ -69,7 +69,6 @@ def gbnf_of_schema(schema: Any) -> str:
 
 class _Converter:
     def __init__(self, schema: Any) -> None:
-        self._schema: Final = schema
         self._references: Final = References(schema)
         self._rules: Final = Rules()
         self._names: Final[dict[str, str]] = {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from typing import Final
 
@@ -28,11 +27,6 @@ FORMATS: Final = {
     "ipv4": f'{_BYTE} ("." {_BYTE}){{3}}',
 }
 """What stands between the quotes, by ``format``."""
-
-
-def json_string(text: str) -> str:
-    """A string as JSON writes it."""
-    return json.dumps(text, ensure_ascii=False)
 
 
 def written(rules: Rules, ranges: Iterable[tuple[int, int]]) -> str:

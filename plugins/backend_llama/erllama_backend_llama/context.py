@@ -85,7 +85,7 @@ class LlamaContext:
     """A ``llama_context``. One thread alone calls it, but for :meth:`abort`.
 
     In one pool of cells sequence n_seq_max, beyond those that callers use, is empty but during
-    an export or an import; with separate cells it would cost as many as any other. Positions
+    an export or an import. Positions
     and sequences are checked here: llama.cpp aborts the process on some that are out of range
     and accepts others. Raises ModelLoadError when it cannot be opened, NotSupported for a model
     that has no state and so generates nothing.
@@ -97,10 +97,8 @@ class LlamaContext:
         self.cost_prior: Final[CostPrior] = cost_prior(model, options)
         claim = claimed_class(model, swa_full=options.swa_full, unified=options.kv_unified)
         n_seq_max = options.n_seq_max
-        # For recurrent models each sequence costs a whole state, and whole states need no scratch.
-        has_scratch = claim.kv_class is not KVClass.WHOLE and options.kv_unified
-        scratch = n_seq_max if has_scratch else None
-        n_seq = n_seq_max + has_scratch
+        n_seq = claim.n_native(n_seq_max, unified=options.kv_unified)
+        scratch = n_seq_max if n_seq > n_seq_max else None
         self._context: Any = _open(model, native_params(options, n_seq=n_seq, window=claim.window))
         self.adapters: tuple[LlamaAdapter, ...] = ()
         """Those that it computes with."""

@@ -48,6 +48,14 @@ class MemoryClass:
     recurrent_state: bytes | None = None
     """Of the model's recurrent layers, as a snapshot: any that holds numbers; None: it has none."""
 
+    def n_native(self, n_seq_max: int, *, unified: bool) -> int:
+        """Sequences to open a context with, for ``n_seq_max`` that callers use.
+
+        Ranges are moved by way of one more where cells are shared. Whole states need none, and
+        with separate cells it would cost as many as any other sequence.
+        """
+        return n_seq_max + (unified and self.kv_class is not KVClass.WHOLE)
+
 
 @attrs.frozen
 class Pools:

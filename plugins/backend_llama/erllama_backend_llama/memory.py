@@ -23,7 +23,7 @@ from erllama_backend_llama.model import model_params
 from erllama_backend_llama.model_check import check_model
 from erllama_backend_llama.options import ALL_LAYERS, LlamaOptions
 from erllama_core.errors import ModelLoadError
-from erllama_core.interfaces.backend import BackendRequest, ContextOptions, KVClass, MemoryEstimate
+from erllama_core.interfaces.backend import BackendRequest, ContextOptions, MemoryEstimate
 
 _MEMORY: Final = re.compile(r"llama_(\w+): size = +([0-9.]+) MiB \(")
 """Of one memory, all its layers together: ``llama_kv_cache``, ``llama_memory_recurrent``."""
@@ -62,8 +62,7 @@ def _estimate(
     model: Any, options: LlamaOptions, context: ContextOptions, lines: list[native.LogLine]
 ) -> MemoryEstimate | None:
     claim = claimed_class(model, swa_full=context.swa_full, unified=context.kv_unified)
-    # As LlamaContext opens it: one sequence more for restoring state.
-    n_seq = context.n_seq_max + (claim.kv_class is KVClass.SPAN and context.kv_unified)
+    n_seq = claim.n_native(context.n_seq_max, unified=context.kv_unified)
     recurrent = llama_cpp.llama_model_is_recurrent(model) or llama_cpp.llama_model_is_hybrid(model)
     # Recurrent states are allocated even so, as the only ones: a sequence stands for all.
     alone = attrs.evolve(context, n_seq_max=1) if recurrent else context

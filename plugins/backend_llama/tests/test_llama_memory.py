@@ -79,6 +79,17 @@ def test_estimate_follows_the_options(tmp_path: Path) -> None:
     assert kv(n_seq_max=6, kv_unified=False) == 2 * kv(n_seq_max=3, kv_unified=False)
 
 
+def test_the_sequence_for_moving_ranges_is_estimated_too(tmp_path: Path) -> None:
+    """Of a hybrid model each sequence has a recurrent state, and so has the one beyond callers'."""
+    path = write_tiny_gguf(tmp_path / "m.gguf", "qwen35")
+
+    wanted = request(path, n_ctx=256, n_seq_max=1)
+    estimate = estimate_memory(wanted)
+    assert estimate is not None
+    # Of some 0.04 MiB each.
+    assert estimate.kv_bytes / MIB == pytest.approx(allocated(wanted)[0], abs=0.02)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_estimating_allocates_next_to_nothing(tmp_path: Path) -> None:
     """A context of gigabytes is estimated without taking them."""

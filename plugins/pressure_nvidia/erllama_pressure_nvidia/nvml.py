@@ -5,12 +5,14 @@ NVML counts its users, so that two sources in one process each open and close it
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import attrs
 import pynvml  # type: ignore[import-untyped]  # nvidia-ml-py ships no types
 
 from erllama_core.errors import PluginUnavailable
+
+NO_GPU: Final = "the NVIDIA driver is there, but no GPU"
 
 
 class NoSuchDevice(PluginUnavailable):

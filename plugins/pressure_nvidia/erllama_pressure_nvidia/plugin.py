@@ -18,13 +18,13 @@ def _make(options: NvidiaOptions) -> PressureSource:
 
 
 def _probe() -> Available | Unavailable:
-    from erllama_pressure_nvidia.nvml import Nvml
+    from erllama_pressure_nvidia.nvml import NO_GPU, Nvml
 
     nvml = Nvml()
     try:
         nvml.open()
         if nvml.device_count() == 0:
-            return Unavailable("the NVIDIA driver is there, but no GPU")
+            return Unavailable(NO_GPU)
     except PluginUnavailable as error:
         return Unavailable(str(error))
     finally:

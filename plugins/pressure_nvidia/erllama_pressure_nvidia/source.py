@@ -9,7 +9,7 @@ from typing import Final
 from erllama_core.errors import PluginUnavailable
 from erllama_core.interfaces.log import get_logger
 from erllama_core.interfaces.pressure import PressureReading
-from erllama_pressure_nvidia.nvml import Device, NoSuchDevice, Nvml
+from erllama_pressure_nvidia.nvml import NO_GPU, Device, NoSuchDevice, Nvml
 from erllama_pressure_nvidia.options import NvidiaOptions
 
 log = get_logger(__name__)
@@ -86,9 +86,9 @@ class NvidiaPressure:
             else:
                 readings.append(PressureReading(device.resource, used, total, is_device=True))
         failure, self._failure = self._failure, None
+        if not readings:
+            raise failure or PluginUnavailable(NO_GPU)
         if failure is not None:
-            if not readings:
-                raise failure
             # A GPU that was reset has another handle, which only a new start gives.
             self._stop()
         return tuple(self._wanted(readings))

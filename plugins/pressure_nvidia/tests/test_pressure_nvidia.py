@@ -203,8 +203,10 @@ def test_probe_available(driver: Path) -> None:
     ids=["driver-not-loaded", "unknown", "no-device"],
 )
 def test_probe_unavailable(driver: Path, variables: dict[str, str], reason: str) -> None:
-    """The probe says what is missing."""
+    """The probe says what is missing, and so does a sample."""
     assert reason in run(PROBE, driver, **variables)
+    sampled = run("print(json.dumps(shown(NvidiaPressure())))", driver, **variables)
+    assert reason in sampled
 
 
 def test_no_driver(tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        reason = f"a prompt is UTF-8, and this is not, at byte {error.start}"
+        reason = f"not UTF-8 at byte {error.start}; a prompt is text"
     except OSError as error:
         reason = f"cannot be read: {error.strerror or error}"
     raise click.BadParameter(f"{path}: {reason}", param_hint="--prompt-file")

@@ -147,4 +147,4 @@ def test_the_command_compares_two_prompts(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"text\xff")
     wrong = run(command)
     assert (wrong.returncode, wrong.stdout) == (2, "")
-    assert "a: a prompt is UTF-8, and this is not, at byte 4" in wrong.stderr
+    assert "a: not UTF-8 at byte 4" in wrong.stderr

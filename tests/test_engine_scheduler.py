@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from structlog.testing import capture_logs
 
+from erllama_backend_stub.context import StubContext
 from erllama_backend_stub.faults import gate
 from erllama_core import Completion, Engine, Model, Stream
 from erllama_core.errors import (
@@ -23,6 +24,7 @@ from erllama_core.errors import (
     TimeoutExceeded,
     TranscriptMismatch,
 )
+from erllama_core.interfaces.backend import RangeImport
 from erllama_tier_disk.store import FileTier
 from stub_engine import KV_CLASSES, load_stub, make_engine
 
@@ -76,6 +78,43 @@ def test_agents_with_one_prefix_prefill_it_once(
     if kv_class != "whole":
         assert [one.cache_delta.read for one in done].count(0) == 1
         assert sum(one.cache_delta.read >= len(SHARED) for one in done) == 3
+
+
+@pytest.mark.parametrize("tier", ["ram", "disk"])
+def test_a_stored_prefix_is_brought_into_cells_once(
+    tier: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Requests at once that read the same share its cells, whichever of them imports it."""
+    imported: list[int] = []
+    plain = StubContext.import_ranges
+
+    def counting(self: StubContext, seq: int, ranges: Sequence[RangeImport]) -> None:
+        imported.extend(item.stop - item.start for item in ranges)
+        plain(self, seq, ranges)
+
+    monkeypatch.setattr(StubContext, "import_ranges", counting)
+    prompts = [f"{SHARED}{n} is who?" for n in range(4)]
+    with make_engine(tmp_path) as engine:
+        model = load_stub(engine, tier=[tier], context_opts={"n_seq_max": 4})
+        first = [model.complete(prompt, response_tokens=6) for prompt in prompts]
+        engine.flush()
+        name = f"stored-{tier}"
+        held = gate(name)
+        faults = {"hang_step": 1, "hang_gate": name}
+        again = load_stub(
+            engine, "again", tier=[tier], context_opts={"n_seq_max": 5}, faults=faults
+        )
+        other = again.infer("x", response_tokens=1)
+        assert held.wait_reached(10)
+        imported.clear()
+        streams = [again.infer(prompt, response_tokens=6) for prompt in prompts]
+        held.open()
+        other.result()
+        done = [stream.result() for stream in streams]
+    assert [one.generated for one in done] == [one.generated for one in first]
+    assert {one.cache_hit_kind for one in done} == {"exact"}
+    whole = len(SHARED) // 32 * 32
+    assert whole < sum(imported) < whole + 5 * 64, "the prefix, and each one's own end"
 
 
 @pytest.mark.parametrize("end", ["cancel", "fail"])

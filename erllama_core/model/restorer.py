@@ -270,8 +270,10 @@ class Restorer:
 
     def _fetch(self, request: Request, match: Match) -> None:
         self.empty(request)
-        if not self._pool.make_room(_cells(match), apart_from=request.live):
-            free = self._pool.ledger.free
+        donor, base = self._base(request, match)
+        spared = [live for live in (request.live, donor) if live is not None]
+        if not self._pool.make_room(_cells(match) - base, apart_from=spared):
+            free = self._pool.ledger.free + base
             # Ranges can be imported in part, the state of a whole sequence cannot.
             match = match.within(free) if match.pieces else Match(covered=match.covered)
             _note(request, "too few free cells to import all that is stored")
@@ -280,6 +282,23 @@ class Restorer:
             self._done(request, None, None)
             return
         self._request_state(request, match)
+
+    def _base(self, request: Request, match: Match) -> tuple[LiveSequence | None, int]:
+        """Another sequence that holds the first blocks of a match, and how many tokens they are.
+
+        They are shared and not imported: cells that are there twice take room from others, and
+        in one pool make every step longer.
+        """
+        if not self._pool.ledger.is_pooled or self._context.kv_class is not KVClass.SPAN:
+            return None, 0
+        assert request.keys is not None
+        assert request.live is not None
+        donor, common = self._pool.donor(request.keys, apart_from=request.live)
+        if common >= match.length:
+            return donor, match.length
+        # A block is imported whole or not at all.
+        base = max((p.entry.start for p in match.pieces if p.entry.start <= common), default=0)
+        return (donor, base) if base else (None, 0)
 
     def _admitted(self, request: Request, match: Match) -> Match:
         """What of a match the cost gate lets through."""
@@ -328,7 +347,8 @@ class Restorer:
             self._restart(request)
         else:
             fetch.release()
-            request.restored_bytes += fetch.n_bytes
+            if not lacks_cells:
+                request.restored_bytes += fetch.n_bytes
             self._done(request, match, mark)
 
     def _imported(self, request: Request, fetch: Fetch) -> bool:
@@ -365,21 +385,31 @@ class Restorer:
         """Whether there were cells enough."""
         match, live = fetch.match, request.live
         assert live is not None
-        if not self._pool.make_room(_cells(match), apart_from=live):
+        # Looked for anew: another one may have imported the same meanwhile, or have left.
+        donor, base = self._base(request, match)
+        if donor is not None and not self._take_from(request, donor, base):
+            donor, base = None, 0
+        if not self._pool.make_room(_cells(match) - base, apart_from=[live]):
             return False
         started = time.perf_counter()
-        if match.pieces:
-            self._context.import_ranges(live.seq, fetch.ranges())
+        ranges = fetch.ranges()
+        missing = [item for item in ranges if item.start >= base]
+        shared_bytes = sum(len(item.data) for item in ranges if item.start < base)
+        if missing:
+            self._context.import_ranges(live.seq, missing)
         snapshot = fetch.snapshot()
         if snapshot is not None:
             self._context.import_snapshot(live.seq, match.length, snapshot)
-        if self._space.gate is not None:
-            self._space.gate.observe_import(fetch.n_bytes, time.perf_counter() - started)
-        self._pool.ledger.grow(live.seq, match.length)
+        if self._space.gate is not None and (missing or snapshot is not None):
+            n_bytes = fetch.n_bytes - shared_bytes
+            self._space.gate.observe_import(n_bytes, time.perf_counter() - started)
+        self._pool.ledger.grow(live.seq, match.length - base)
         request.computed = match.length
         request.saved = match.covered
         request.unproven = match
-        self._note_read(request, match.length, fetch.sources)
+        request.restored_bytes += fetch.n_bytes - shared_bytes
+        sources = fetch.sources if donor is None else (RESIDENT, *fetch.sources)
+        self._note_read(request, match.length, sources)
         return True
 
     def _note_read(self, request: Request, length: int, sources: tuple[str, ...]) -> None:

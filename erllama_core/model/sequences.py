@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Final
 
 from erllama_core.cache.keys import ContextKeys, common_tokens
@@ -193,10 +193,10 @@ class SequencePool:
         for live in self.all:
             self.unpin(live)
 
-    def make_room(self, cells: int, *, apart_from: LiveSequence | None = None) -> bool:
+    def make_room(self, cells: int, *, apart_from: Collection[LiveSequence] = ()) -> bool:
         """Drop residents until so many cells are free; whether they are."""
         while self.ledger.free < cells:
-            live = next((one for one in self._in_order_of_loss() if one is not apart_from), None)
+            live = next((one for one in self._in_order_of_loss() if one not in apart_from), None)
             if live is None:
                 return False
             self.drop(live)

@@ -215,6 +215,8 @@ class ModelInfo:
     """Of all replies together, of late; 0.0 until it was measured."""
     preemptions: int
     """How often a request lost its cells to others for a while."""
+    quarantined_contexts: int
+    """Contexts whose native call never returned; their memory is not given back."""
     kv_class: str
     n_vocab: int
     fingerprint: str

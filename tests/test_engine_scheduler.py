@@ -312,6 +312,31 @@ def test_a_reset_right_behind_an_answer_ends_nobody_else(engine: Engine, kv_clas
     assert model.info().available_seqs == 2
 
 
+@pytest.mark.parametrize("kv_class", KV_CLASSES)
+def test_a_first_turn_that_is_reset_right_behind_its_answer_leaves_nothing(
+    engine: Engine, kv_class: str
+) -> None:
+    """What a session held is dropped, also where it was not the session's sequence yet."""
+    name = f"first-{kv_class}"
+    held = gate(name)
+    model = load_stub(
+        engine, tier=[], kv_class=kv_class, faults={"hang_step": 2, "hang_gate": name}
+    )
+    first = model.infer(SHARED, session_id="s", response_tokens=1)  # steps: prompt, reply
+    assert len(first.result().generated) == 1
+    assert held.wait_reached(10)
+    resetting = threading.Thread(target=model.reset_session, args=("s",))
+    resetting.start()
+    while not _is_gone(model, "s"):
+        resetting.join(0.001)
+    held.open()
+    resetting.join(10)
+    assert model.settle(10)
+    assert (model.info().available_seqs, model.info().pinned_idle_seqs) == (2, 0)
+    again = model.complete(SHARED, session_id="s", response_tokens=4)
+    assert again.cache_hit_kind == "cold"
+
+
 def _is_gone(model: Model, session_id: str) -> bool:
     try:
         model.continue_session([], session_id=session_id)
@@ -438,6 +463,7 @@ def test_a_step_that_never_ends_is_left_behind(engine: Engine, kv_class: str) ->
     same_as_alone(waiting.result(), kv_class)
     again = model.complete(SHARED, session_id="s", response_tokens=5)
     same_as_alone(again, kv_class)
+    assert model.info().quarantined_contexts == 1
     model.unload()
     held.open()
 

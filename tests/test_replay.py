@@ -15,8 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from erllama_core import Completion, Engine, Model, Prompt, Replay
-from erllama_core.errors import CorruptBlock, EngineClosed, InvalidPrompt
+from erllama_core.errors import CacheError, CorruptBlock, EngineClosed, InvalidPrompt
+from erllama_core.interfaces.block import ObjectId
 from erllama_core.model import replay as replay_module
+from erllama_tier_disk.store import FileTier
 from held_tier import HeldTier, engine_with
 from stub_engine import make_engine
 
@@ -192,6 +194,23 @@ def test_an_id_stands_for_one_turn(engine: Engine) -> None:
     kept = model.get_replay("turn")
     assert kept is not None
     assert (kept.data, kept.reply) == (b"two", "two")
+
+
+def test_a_turn_that_a_tier_does_not_let_go_of_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever drops a turn knows that it may come back."""
+    with make_engine(tmp_path) as engine:
+        model = speaking(engine, "one", tier=["ram", "disk"])
+        assert model.put_replay("turn", ask(model, [user("?")]))
+        engine.flush()
+
+        def delete(self: FileTier, object_id: ObjectId) -> bool:
+            raise OSError("read-only file system")
+
+        monkeypatch.setattr(FileTier, "delete", delete)
+        with pytest.raises(CacheError, match="read-only file system"):
+            model.drop_replay("turn")
 
 
 @pytest.mark.parametrize("write", ["through", "back"])

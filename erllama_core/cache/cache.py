@@ -139,7 +139,8 @@ class Cache:
         )
         entry = Entry(object_id, meta.end, meta.namespace, b"", b"", b"")
         # One key may be saved with another payload: it names the tokens, not the bytes.
-        self._catalog.remove(store, object_id)
+        with contextlib.suppress(CacheError):
+            self._catalog.remove(store, object_id)
         with memoryview(payload) as view:
             self._catalog.put(store, entry, head, view, meta.save_reason, durable=True)
         self._catalog.counters.add(f"saves_{meta.save_reason}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -284,7 +285,10 @@ class Catalog:
         """A copy is not what it claims to be: count it, forget it, remove it from its tier."""
         entry = self.get(object_id)
         copy = None if entry is None else entry.copy_in(store)
-        self.remove(store, object_id)
+        with contextlib.suppress(
+            CacheError
+        ):  # it is forgotten, and a scan that finds it checks it again
+            self.remove(store, object_id)
         self.note_corrupt(store, object_id, copy, reason)
 
     def note_corrupt(
@@ -297,15 +301,12 @@ class Catalog:
         self.report("corrupt", store, object_id, size, why)
 
     def remove(self, store: TierStore, object_id: ObjectId) -> None:
-        """Take an object out of a tier, as far as the tier lets go of it."""
+        """Forget an object of a tier and delete it. Raises CacheError if the tier does not."""
         entry = self.get(object_id)
         with store.changing(object_id):
             if entry is not None:
                 self.forget_copy(store, entry)
-            try:
-                store.attempt(lambda: store.tier.delete(object_id), "delete")
-            except CacheError:
-                return
+            store.attempt(lambda: store.tier.delete(object_id), "delete")
 
     def remove_unused(self, store: TierStore, entry: Entry) -> None:
         """Remove an object from a tier unless it is being read or pinned. Raises CacheError.

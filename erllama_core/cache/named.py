@@ -73,13 +73,22 @@ class NamedObjects:
         return found
 
     def remove(self, namespace: bytes, name: str) -> None:
-        """Forget a name, in every tier; unknown is a no-op. May block."""
+        """Forget a name, in every tier; unknown is a no-op. May block.
+
+        Raises CacheError when a tier did not let go of it; the others have then.
+        """
         object_id = _object_id(namespace, name)
         entry = self._catalog.get(object_id)
         if entry is not None and entry.writing:
             self._flow.flush(None)
+        failed: CacheError | None = None
         for store in self._route.tiers:
-            self._catalog.remove(store, object_id)
+            try:
+                self._catalog.remove(store, object_id)
+            except CacheError as error:
+                failed = error
+        if failed is not None:
+            raise failed
 
     def _in_memory(self, object_id: ObjectId) -> bytes | None:
         with self._catalog.lock:

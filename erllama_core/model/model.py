@@ -441,7 +441,10 @@ class Model:
         return replays.get([replay_id], cache_salt).get(replay_id)
 
     def drop_replay(self, replay_id: str, *, cache_salt: str | None = None) -> None:
-        """Forget a turn; unknown is a no-op. May wait for a tier."""
+        """Forget a turn; unknown is a no-op. May wait for a tier.
+
+        Raises CacheError when a tier could not delete it: it may come back from there.
+        """
         self._check_open()
         Replays(self._worker.space, self._backend.vocabulary).drop(replay_id, cache_salt)
 
@@ -472,6 +475,7 @@ class Model:
             prefill_tokens_per_s=self._worker.rates[0],
             decode_tokens_per_s=self._worker.rates[1],
             preemptions=self._worker.preemptions,
+            quarantined_contexts=self._worker.quarantined,
             kv_class=context.kv_class.value,
             n_vocab=parts.backend.vocabulary.n_tokens,
             fingerprint=parts.fingerprint.hex(),

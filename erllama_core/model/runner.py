@@ -112,10 +112,12 @@ class Runner:
         request = session.request
         if request is not None:
             self.endings.fail(request, EngineReset(f"session {session.id!r} was reset"))
+        for request in tuple(self.roster.active):
+            # Answered, its last token still to be computed: in a first turn it is not pinned yet.
+            if request.phase is Phase.CLOSING and request.session is session:
+                self.endings.release(request)
         live = session.live
-        if live is not None and live.request is not None and not live.is_idle:
-            self.endings.release(live.request)  # answered, its last token still to be computed
-        elif live is not None:
+        if live is not None and live.is_idle:
             self.pool.forget(live)
 
     # ------------------------------------------------------------ any thread

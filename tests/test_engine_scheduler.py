@@ -320,7 +320,11 @@ def test_a_first_turn_that_is_reset_right_behind_its_answer_leaves_nothing(
     name = f"first-{kv_class}"
     held = gate(name)
     model = load_stub(
-        engine, tier=[], kv_class=kv_class, faults={"hang_step": 2, "hang_gate": name}
+        engine,
+        tier=[],
+        kv_class=kv_class,
+        context_opts={"resident_cells_max": 1024},
+        faults={"hang_step": 2, "hang_gate": name},
     )
     first = model.infer(SHARED, session_id="s", response_tokens=1)  # steps: prompt, reply
     assert len(first.result().generated) == 1

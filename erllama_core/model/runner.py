@@ -112,13 +112,15 @@ class Runner:
         request = session.request
         if request is not None:
             self.endings.fail(request, EngineReset(f"session {session.id!r} was reset"))
-        for request in tuple(self.roster.active):
-            # Answered, its last token still to be computed: in a first turn it is not pinned yet.
-            if request.phase is Phase.CLOSING and request.session is session:
+        for live in self.pool.all:
+            # Of a first turn it is not pinned before its last token was computed.
+            request = live.request
+            if request is None or request.session is not session:
+                continue
+            if live.is_idle:
+                self.pool.forget(live)
+            elif request.phase is Phase.CLOSING:
                 self.endings.release(request)
-        live = session.live
-        if live is not None and live.is_idle:
-            self.pool.forget(live)
 
     # ------------------------------------------------------------ any thread
 

@@ -247,12 +247,11 @@ class LlamaContext:
         flash attention, a single NaN among them makes every other sequence's next step NaN,
         and it stays there until the cells are zeroed.
         """
-        pointer = llama_cpp.llama_get_logits(self._context)
-        if not pointer:
+        self._logits = self._step_logits.rows(self._context, len(rows))
+        if self._logits is None:
             for row in rows:
                 self._take_back(row)
             raise DecodeFailed("llama.cpp kept no logits for rows that asked for them", code=0)
-        self._logits = self._step_logits.rows(pointer, len(rows))
         self._largest = logits.largest(self._logits)
         if min(self._largest) >= 0:
             return
@@ -451,7 +450,7 @@ class LlamaContext:
         return 0 <= seq < self._n_seq_max
 
     def _check_sequence(self, seq: int) -> None:
-        if not self._is_sequence(seq):
+        if not 0 <= seq < self._n_seq_max:
             raise ValueError(f"sequences are 0 to {self._n_seq_max - 1}, got {seq}")
 
     def _length(self, seq: int) -> int:
@@ -532,9 +531,9 @@ class LlamaContext:
         return self._ranges
 
     def _output(self, row: int) -> Output:
-        self._open_context()
         output = self._outputs[row] if 0 <= row < len(self._outputs) else None
         if output is None:
+            self._open_context()
             raise ValueError(f"row {row} of the last step has no logits")
         return output
 

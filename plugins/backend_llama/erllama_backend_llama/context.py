@@ -189,11 +189,10 @@ class LlamaContext:
             failure = DecodeAborted if status == _ABORTED else DecodeFailed
             raise failure(words, code=status)
         self._check_numbers(rows, outputs)
-        for row in rows:
-            self._lengths[row.seq] = row.start + len(row.tokens) // 4
-        self._outputs = [
-            output if row.logits else None for row, output in zip(rows, outputs, strict=True)
-        ]
+        lengths, given = self._lengths, self._outputs
+        for row, output in zip(rows, outputs, strict=True):
+            lengths[row.seq] = row.start + len(row.tokens) // 4
+            given.append(output if row.logits else None)
 
     def set_adapters(self, adapters: Sequence[tuple[LlamaAdapter, float]]) -> None:
         """Compute with these from now on, and try it. Raises ValueError while there are tokens.
@@ -465,22 +464,20 @@ class LlamaContext:
             raise ValueError("a step needs at least one row")
         seen: set[int] = set()
         for row in rows:
-            length = self._length(row.seq)
-            if row.seq in seen:
-                raise ValueError(f"sequence {row.seq} appears twice in one step")
-            seen.add(row.seq)
-            if row.start != length:
-                raise ValueError(
-                    f"sequence {row.seq} has {length} tokens, the row starts at {row.start}"
-                )
-            self._check_has_state(row.seq)
-            size = len(row.tokens)
+            seq, start, size = row.seq, row.start, len(row.tokens)
+            length = self._length(seq)
+            if seq in seen:
+                raise ValueError(f"sequence {seq} appears twice in one step")
+            seen.add(seq)
+            if start != length:
+                raise ValueError(f"sequence {seq} has {length} tokens, the row starts at {start}")
+            self._check_has_state(seq)
             if size == 0 or size % 4:
                 raise ValueError(f"a row holds packed u32 tokens, at least one; got {size} bytes")
-            if row.start + size // 4 > self._n_ctx:
+            if start + size // 4 > self._n_ctx:
                 raise ValueError(
-                    f"sequence {row.seq} would have {row.start + size // 4} tokens; the context "
-                    f"has {self._n_ctx} cells"
+                    f"sequence {seq} would have {start + size // 4} tokens; the context has "
+                    f"{self._n_ctx} cells"
                 )
 
     def _check_range(self, seq: int, start: int, end: int) -> None:

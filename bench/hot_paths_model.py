@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import queue
 import statistics
 import tempfile
@@ -18,6 +19,7 @@ from serving_engine import ErllamaServer
 from serving_load import Ask
 from serving_tick import watched
 
+from erllama_backend_llama.context_params import default_threads
 from erllama_core import Engine, load_config
 from erllama_core.model.fingerprint import file_fingerprint
 
@@ -129,7 +131,7 @@ def load(sizes: Sizes, floors: Floors, path: Path) -> list[Part]:
             name="load and unload of a model whose file is known",
             seconds=known_s,
             floor_s=median_s(lambda: _load_bare(path, options["n_ctx"]), sizes.runs),
-            floor="model and context of llama.cpp alone",
+            floor="llama.cpp alone, and a first step",
         ),
         Part(
             name=f"    the first time: fingerprint of {path.stat().st_size / 1e6:.0f} MB",
@@ -141,11 +143,16 @@ def load(sizes: Sizes, floors: Floors, path: Path) -> list[Part]:
 
 
 def _load_bare(path: Path, n_ctx: int) -> None:
+    """To the end of a first step, which is when all of the weights are there."""
     model = llama_cpp.llama_model_load_from_file(
         str(path).encode(), llama_cpp.llama_model_default_params()
     )
     params = llama_cpp.llama_context_default_params()
     params.n_ctx, params.n_batch, params.n_ubatch = n_ctx, 2048, 512
+    params.n_threads = params.n_threads_batch = default_threads()
     context = llama_cpp.llama_init_from_model(model, params)
+    token = (ctypes.c_int32 * 1)(0)
+    if llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(token, 1)):
+        raise RuntimeError("llama_decode failed in a bare context")
     llama_cpp.llama_free(context)
     llama_cpp.llama_model_free(model)

@@ -38,17 +38,23 @@ def _tick(sizes: Sizes, path: Path, n_streams: int) -> list[Part]:
         BareLoop(path, unified=True, n_ctx=n_ctx, n_seq=n_streams) as loop,
     ):
         prefix = server.prompts.ledger(0, sizes.context_tokens)
-        asks = [
-            Ask(
-                tokens=prefix + server.prompts.tail(number, TAIL_TOKENS),
-                reply_tokens=sizes.tick_steps,
-            )
-            for number in range(n_streams)
-        ]
-        server.ask(asks)
-        state = loop.compute(asks[0].tokens)
+
+        def asks_of(run: int) -> list[Ask]:
+            """Never the same twice: who finds its whole prompt stored has cells of its own."""
+            tails = range(run * n_streams, (run + 1) * n_streams)
+            return [
+                Ask(
+                    tokens=prefix + server.prompts.tail(number, TAIL_TOKENS),
+                    reply_tokens=sizes.tick_steps,
+                )
+                for number in tails
+            ]
+
+        server.ask(asks_of(0))
+        state = loop.compute(asks_of(0)[0].tokens)
         decode, passes, python, bare = [], [], [], []
-        for _ in range(max(1, sizes.runs // 2)):
+        for run in range(max(1, sizes.runs // 2)):
+            asks = asks_of(run + 1)
             with watched(n_streams) as ticks:
                 server.ask(asks)
             decode += ticks.decode_ms

@@ -32,18 +32,18 @@ def measure(sizes: Sizes, path: Path) -> list[Figure]:
     streams = max(sizes.streams)
     n_ctx = sizes.context_tokens + sizes.tail_tokens + sizes.tick_steps + 8
     shape: Any = {"unified": True, "n_ctx": n_ctx, "n_seq": streams}
-    read: list[_Ticks] = []
-    unread: list[_Ticks] = []
+    read: list[Ticks] = []
+    unread: list[Ticks] = []
     bare: list[float] = []
     with ErllamaServer(path, **shape) as server, BareLoop(path, **shape) as loop:
         asks = _asks(sizes, server.prompts, streams)
         server.ask(asks)
         state = loop.compute(asks[0].tokens)
         for _ in range(sizes.tick_runs):
-            with _watched(streams) as ticks:
+            with watched(streams) as ticks:
                 server.ask(asks)
             read.append(ticks)
-            with _watched(streams) as ticks:
+            with watched(streams) as ticks:
                 _unread(server, asks)
             unread.append(ticks)
             loop.fill(state, [ask.tokens for ask in asks], shared_tokens=sizes.context_tokens)
@@ -75,10 +75,13 @@ def measure(sizes: Sizes, path: Path) -> list[Figure]:
     ]
 
 
-class _Ticks:
-    """Milliseconds of each tick: Python's, and those of the pass over the logits."""
+class Ticks:
+    """Milliseconds of each tick: llama.cpp's, then those of Python and of the pass over the
+    logits.
+    """
 
     def __init__(self) -> None:
+        self.decode_ms: list[float] = []
         self.python_ms: list[float] = []
         self.pass_ms: list[float] = []
 
@@ -101,7 +104,7 @@ def _unread(server: ErllamaServer, asks: list[Ask]) -> None:
 
 
 @contextmanager
-def _watched(streams: int) -> Iterator[_Ticks]:
+def watched(streams: int) -> Iterator[Ticks]:
     """Watch steps of ``streams`` tokens; the result is filled in at the end."""
     decode: Callable[..., Any] = llama_cpp.llama_decode
     largest = logits.largest
@@ -121,7 +124,7 @@ def _watched(streams: int) -> Iterator[_Ticks]:
         passes.append((began, clock()))
         return found
 
-    ticks = _Ticks()
+    ticks = Ticks()
     setattr(llama_cpp, "llama_decode", timed_decode)  # noqa: B010 - mypy knows it as a function
     setattr(logits, "largest", timed_largest)  # noqa: B010 - as above
     try:
@@ -134,5 +137,6 @@ def _watched(streams: int) -> Iterator[_Ticks]:
         zip(calls, passes, strict=False)
     ):
         if before[0] == after[0] == streams:
+            ticks.decode_ms.append(1000 * (before[2] - before[1]))
             ticks.python_ms.append(1000 * (after[1] - before[2] - (ended - began)))
             ticks.pass_ms.append(1000 * (ended - began))

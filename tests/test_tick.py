@@ -47,10 +47,12 @@ def test_every_prompt_is_computed_in_order_and_in_bounds(
     limit = chunk or max(64, batch_tokens // 4)
     waiting = sum(p for p, g in shapes if not g)
     for _ in range(waiting + 1):
-        batch, rows = composer.compose(active)
+        tick = composer.compose(active)
+        batch, rows = tick.requests, tick.rows
         assert [r.seq for r in rows] == [b.seq for b in batch]
         assert len(set(map(id, batch))) == len(batch)
-        assert sum(len(row.tokens) // 4 for row in rows) <= batch_tokens
+        assert sum(len(row.tokens) // 4 for row in rows) == tick.n_tokens <= batch_tokens
+        assert tick.n_replies == sum(r.phase is Phase.GENERATING for r in batch)
         running = [r for r in active if r.phase is Phase.GENERATING]
         assert batch[: len(running)] == running, "replies first"
         for one, row in zip(batch, rows, strict=True):
@@ -74,7 +76,8 @@ def test_prompts_take_turns() -> None:
     composer = TickComposer(10, 10)
     order = []
     for _ in range(6):
-        batch, rows = composer.compose(active)
+        tick = composer.compose(active)
+        batch, rows = tick.requests, tick.rows
         order += [one.seq for one in batch]
         batch[0].computed += len(rows[0].tokens) // 4
     assert sorted(order[:3]) == sorted(order[3:]) == [0, 1, 2]
@@ -86,8 +89,8 @@ def test_nobody_is_passed_over_while_others_come_and_go() -> None:
     composer = TickComposer(10, 10)
     for step in range(30):
         passing = [request(2, 1000, 0, generating=False)] if step % 2 else []
-        batch, rows = composer.compose([*lasting, *passing])
-        for one, row in zip(batch, rows, strict=True):
+        tick = composer.compose([*lasting, *passing])
+        for one, row in zip(tick.requests, tick.rows, strict=True):
             one.computed += len(row.tokens) // 4
     assert min(one.computed for one in lasting) >= 70
 
@@ -98,8 +101,7 @@ def test_more_replies_than_a_batch_holds_take_turns() -> None:
     composer = TickComposer(2, None)
     parts = [0] * 5
     for _ in range(10):
-        batch, _ = composer.compose(active)
-        for one in batch:
+        for one in composer.compose(active).requests:
             parts[one.id] += 1
     assert sum(parts) == 20
     assert min(parts) >= 3

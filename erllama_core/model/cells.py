@@ -9,17 +9,15 @@ from typing import Final
 class _Run:
     """Cells that one sequence filled in a row; others may hold a first part of them too."""
 
-    __slots__ = ("held", "owner")
+    __slots__ = ("held", "owner", "size")
 
     def __init__(self, owner: int) -> None:
         self.owner: Final = owner
         """The sequence that filled them: it alone goes on filling."""
         self.held: dict[int, int] = {}
         """By sequence: how many of the cells, counted from the first."""
-
-    @property
-    def size(self) -> int:
-        return max(self.held.values(), default=0)
+        self.size = 0
+        """Cells that any sequence holds: the most of these."""
 
 
 class CellLedger:
@@ -32,6 +30,7 @@ class CellLedger:
     def __init__(self, capacity: int | None) -> None:
         self._capacity: Final = capacity
         self._sequences: dict[int, list[_Run]] = {}
+        self._used = 0
 
     @property
     def is_pooled(self) -> bool:
@@ -41,13 +40,12 @@ class CellLedger:
     @property
     def used(self) -> int:
         """Cells that any sequence holds."""
-        runs = {id(run): run for runs in self._sequences.values() for run in runs}
-        return sum(run.size for run in runs.values())
+        return self._used
 
     @property
     def free(self) -> int:
         """Cells that none holds; more than can be needed where they are not pooled."""
-        return 1 << 62 if self._capacity is None else self._capacity - self.used
+        return 1 << 62 if self._capacity is None else self._capacity - self._used
 
     def exclusive(self, seqs: Collection[int]) -> int:
         """Cells that would be free if all of these sequences were dropped."""
@@ -69,6 +67,8 @@ class CellLedger:
             last.held[seq] = 0
             runs.append(last)
         last.held[seq] += tokens
+        last.size += tokens
+        self._used += tokens
 
     def cut(self, seq: int, length: int) -> None:
         """The sequence keeps its first ``length`` tokens."""
@@ -80,6 +80,9 @@ class CellLedger:
                 kept.append(run)
             else:
                 del run.held[seq]
+            left = max(run.held.values(), default=0)
+            self._used += left - run.size
+            run.size = left
         self._sequences[seq] = kept
 
     def drop(self, seq: int) -> None:

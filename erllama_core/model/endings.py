@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Final
+from typing import Final, TypeVarTuple
 
 from erllama_core.cache.space import ModelSpace
 from erllama_core.errors import ErllamaError, PluginFailed, TimeoutExceeded
@@ -21,6 +21,9 @@ from erllama_core.model.watch import Abandoned
 from erllama_core.results import CacheKey, Explanation, FinishReason, Stats
 
 log = get_logger("erllama.model")
+
+Given = TypeVarTuple("Given")
+"""What is to be done with a request, beside the request itself."""
 
 
 class Endings:
@@ -95,9 +98,8 @@ class Endings:
 
     def end_cancelled(self) -> None:
         """Answer those whose callers do not want them any more."""
-        for request in self._unanswered():
-            if request.cancelled:
-                self.guard(request, self._answer_cancelled)
+        for request in [r for r in self._everybody() if r.cancelled and not r.is_answered]:
+            self.guard(request, self._answer_cancelled)
 
     def _answer_cancelled(self, request: Request) -> None:
         """Cancelled in the middle of a reply, it is finished like any other."""
@@ -111,8 +113,11 @@ class Endings:
 
     def end_overdue(self) -> None:
         """Answer those that have run out of time."""
+        limited = [r for r in self._everybody() if r.deadline is not None and not r.is_answered]
+        if not limited:
+            return
         now = time.perf_counter()
-        for request in self._unanswered():
+        for request in limited:
             if request.deadline is not None and request.deadline <= now:
                 self.guard(request, self._answer_overdue)
 
@@ -135,9 +140,8 @@ class Endings:
         if not replying:
             self._leave_or_release(request)
 
-    def _unanswered(self) -> list[Request]:
-        everybody = (*self._roster.waiting, *self._roster.active)
-        return [request for request in everybody if not request.is_answered]
+    def _everybody(self) -> tuple[Request, ...]:
+        return (*self._roster.waiting, *self._roster.active)
 
     def _cut_short(self, request: Request) -> None:
         """A request ends that has said nothing: its context is what its sequence holds of it."""
@@ -155,10 +159,12 @@ class Endings:
 
     # ------------------------------------------------------------------- by an error
 
-    def guard(self, request: Request, act: Callable[[Request], None]) -> None:
+    def guard(
+        self, request: Request, act: Callable[[Request, *Given], None], *given: *Given
+    ) -> None:
         """Do something for one request; what it raises ends that request and no other."""
         try:
-            act(request)
+            act(request, *given)
         except Abandoned:
             raise
         except BaseException as error:  # noqa: BLE001 - a plugin's own code; SystemExit too

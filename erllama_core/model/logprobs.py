@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
 
 from erllama_core.interfaces.backend import Context, Mark, TellsLogits, Vocabulary
 from erllama_core.results import TokenLogprob
-
-FindLogprob = Callable[[Vocabulary, int, int], TokenLogprob]
-"""Of a token that was sampled, with so many of the most likely ones."""
 
 
 def row_logprob(
     context: Context, row: int, vocabulary: Vocabulary, token: int, n_top: int
 ) -> TokenLogprob:
-    """From the logits after the last step's row number ``row``."""
+    """Of a sampled token, with the ``n_top`` most likely ones, from a row of the last step."""
     assert isinstance(context, TellsLogits)
     mark = context.mark(row, max(1, n_top))
     return _of(mark, context.logit(row, token), vocabulary, token, n_top)
 
 
 def marked_logprob(mark: Mark, vocabulary: Vocabulary, token: int, n_top: int) -> TokenLogprob:
-    """From stored logits, among which the token's is: it was drawn from them."""
+    """The same from stored logits, among which the token's is: it was drawn from them."""
     place = struct.unpack(f"<{mark.size}I", mark.tokens).index(token)
     (logit,) = struct.unpack_from("<f", mark.logits, 4 * place)
     return _of(mark, logit, vocabulary, token, n_top)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Sequence
 from typing import Final
@@ -13,13 +12,13 @@ from erllama_core.interfaces.backend import Context, Mark, Row, Vocabulary
 from erllama_core.interfaces.block import TOKEN_BYTES
 from erllama_core.interfaces.log import get_logger, told
 from erllama_core.model.endings import Endings, as_erllama_error
-from erllama_core.model.logprobs import FindLogprob, marked_logprob, row_logprob
+from erllama_core.model.logprobs import marked_logprob, row_logprob
 from erllama_core.model.request import Phase, Request
 from erllama_core.model.restorer import Restorer
 from erllama_core.model.roster import Roster
 from erllama_core.model.saver import Saver
 from erllama_core.model.sequences import SequencePool
-from erllama_core.model.tick import Pace, TickComposer
+from erllama_core.model.tick import Pace, Tick, TickComposer
 from erllama_core.model.watch import StepWatch
 
 log = get_logger("erllama.model")
@@ -67,7 +66,8 @@ class Stepper:
 
         Whether there was anything that could be computed.
         """
-        batch, rows = self._compose()
+        tick = self._compose()
+        batch, rows = tick.requests, tick.rows
         if not rows:
             return False
         started = time.perf_counter()
@@ -75,43 +75,40 @@ class Stepper:
         if error is not None:
             self._recover(batch, error)
             return True
-        self._note_pace(rows, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        self.pace.note(tick.n_tokens - tick.n_replies, tick.n_replies, seconds)
+        if self._space.gate is not None:
+            self._space.gate.observe_step(tick.n_tokens, seconds)
+        grow = self._pool.ledger.grow
         for request, row in zip(batch, rows, strict=True):
             count = len(row.tokens) // TOKEN_BYTES
             request.computed += count
             request.aborts = 0
             request.unproven = None
-            self._pool.ledger.grow(request.seq, count)
+            grow(row.seq, count)
         # Tokens go to the callers first; then what was computed is saved.
         guard = self._endings.guard
         for number, (request, row) in enumerate(zip(batch, rows, strict=True)):
             at_end = request.computed == request.length  # else they are kept beside a snapshot
             if row.logits and at_end and request.phase is not Phase.CLOSING:
-                guard(request, functools.partial(self._sample, row=number))
+                guard(request, self._sample, number)
         for number, (request, row) in enumerate(zip(batch, rows, strict=True)):
             if request.phase is not Phase.ENDED:
-                guard(request, functools.partial(self._save, row=number if row.logits else None))
+                guard(request, self._save, number if row.logits else None)
         return True
-
-    def _note_pace(self, rows: Sequence[Row], seconds: float) -> None:
-        tokens = sum(len(row.tokens) for row in rows) // TOKEN_BYTES
-        replies = sum(len(row.tokens) == TOKEN_BYTES for row in rows)
-        self.pace.note(tokens - replies, replies, seconds)
-        if self._space.gate is not None:
-            self._space.gate.observe_step(tokens, seconds)
 
     # ------------------------------------------------------------------------ cells
 
-    def _compose(self) -> tuple[list[Request], list[Row]]:
+    def _compose(self) -> Tick:
         """The next batch, with cells for all of it.
 
         Who came first keeps its cells, and can have all others': it will end, and so will they.
         """
         while True:
-            batch, rows = self._composer.compose(self._roster.active, self.pace)
-            needed = sum(len(row.tokens) for row in rows) // TOKEN_BYTES
+            tick = self._composer.compose(self._roster.active, self.pace)
+            needed = tick.n_tokens
             if not needed or self._pool.make_room(needed) or not self._take_cells():
-                return batch, rows
+                return tick
 
     def _take_cells(self) -> bool:
         """Take the cells of one request for the others; whether there was one."""
@@ -252,7 +249,7 @@ class Stepper:
         if token is None:
             self._endings.answer(request, "length")
         else:
-            self._take(request, token, functools.partial(marked_logprob, mark))
+            self._take(request, token, mark)
         if request.phase is Phase.CLOSING and request.computed == request.length:
             self._endings.leave(request)  # it said nothing, and what it read is stored
 
@@ -261,10 +258,13 @@ class Stepper:
             self._endings.answer(request, "length")
             return
         token = self._context.sample(row, request.sampler, greedy=request.pipeline.greedy)
-        self._take(request, token, functools.partial(row_logprob, self._context, row))
+        self._take(request, token, row)
 
-    def _take(self, request: Request, token: int, find: FindLogprob) -> None:
-        """A token was sampled: tell the caller, and see whether it was the last one."""
+    def _take(self, request: Request, token: int, source: Mark | int) -> None:
+        """A token was sampled: tell the caller, and see whether it was the last one.
+
+        ``source``: what it was drawn from, a mark or a row of the last step.
+        """
         if request.phase is Phase.PREFILLING:
             request.phase = Phase.GENERATING
             if request.first_token_at is None:
@@ -277,7 +277,12 @@ class Stepper:
             return
         request.append(token)
         if request.logprobs is not None:
-            request.note_logprob(find(self._vocabulary, token, request.options.logprobs or 0))
+            n_top = request.options.logprobs or 0
+            if isinstance(source, int):
+                likely = row_logprob(self._context, source, self._vocabulary, token, n_top)
+            else:
+                likely = marked_logprob(source, self._vocabulary, token, n_top)
+            request.note_logprob(likely)
         for event in request.pipeline.feed(token):
             request.mailbox.put(event)
         if request.pipeline.ended:

@@ -6,6 +6,8 @@ import itertools
 from collections.abc import Sequence
 from typing import Final
 
+import attrs
+
 from erllama_core.interfaces.backend import Row
 from erllama_core.interfaces.block import TOKEN_BYTES
 from erllama_core.model.request import Phase, Request
@@ -48,6 +50,18 @@ class Pace:
         return self.replies_per_step / self.step_s if self.step_s else 0.0
 
 
+@attrs.frozen
+class Tick:
+    """What one step computes."""
+
+    requests: Sequence[Request]
+    rows: Sequence[Row]
+    """One of each request, in the same order."""
+    n_tokens: int
+    n_replies: int
+    """How many of the requests, the first ones, have a reply that goes on."""
+
+
 class TickComposer:
     """Composes batches: running replies first, then parts of prompts in fair turns.
 
@@ -64,10 +78,8 @@ class TickComposer:
         self._stall_target_s: Final = stall_target_ms / 1000
         self._turns: Final = itertools.count(1)
 
-    def compose(
-        self, active: Sequence[Request], pace: Pace | None = None
-    ) -> tuple[list[Request], list[Row]]:
-        """The requests that take part in the next step, and their rows, in the same order."""
+    def compose(self, active: Sequence[Request], pace: Pace | None = None) -> Tick:
+        """The requests that take part in the next step, and their rows."""
         batch: list[Request] = []
         rows: list[Row] = []
         room = self._batch_tokens
@@ -81,14 +93,23 @@ class TickComposer:
             rows.append(Row(request.seq, start, tokens, logits))
             return stop - start
 
-        replies = [r for r in active if r.phase is Phase.GENERATING or r.phase is Phase.CLOSING]
+        replies: list[Request] = []
+        prompts: list[Request] = []
+        for request in active:
+            phase = request.phase
+            if phase is Phase.GENERATING or phase is Phase.CLOSING:
+                replies.append(request)
+            elif phase is Phase.PREFILLING:
+                prompts.append(request)
         if len(replies) > room:
             replies.sort(key=_last_turn)
-        for request in replies[:room]:
-            room -= add(request, request.length, logits=True)
+            del replies[room:]
+        n_tokens = sum([add(request, request.length, logits=True) for request in replies])
+        room -= n_tokens
+        if not prompts:
+            return Tick(batch, rows, n_tokens, len(replies))
         if rows and pace is not None:
             room = min(room, self._beside_replies(pace))
-        prompts = [request for request in active if request.phase is Phase.PREFILLING]
         # Whoever had no part for longest comes first, so that nobody is passed over for ever.
         prompts.sort(key=_last_turn)
         for request in prompts:
@@ -97,8 +118,10 @@ class TickComposer:
             stop = min([stop, *(at for at in request.stops if at > request.computed)])
             if stop > request.computed:
                 logits = stop == whole or stop in request.snapshots.marked
-                room -= add(request, stop, logits=logits)
-        return batch, rows
+                count = add(request, stop, logits=logits)
+                room -= count
+                n_tokens += count
+        return Tick(batch, rows, n_tokens, len(replies))
 
     def _beside_replies(self, pace: Pace) -> int:
         """Prompt tokens in a step that replies wait for; few before their cost is known."""

@@ -64,7 +64,7 @@ class Batch:
         vocabulary.
         """
         # Separate cells: llama.cpp computes sequences together only where their numbers ascend.
-        order = sorted(range(len(rows)), key=lambda number: rows[number].seq)
+        order = sorted(range(len(rows)), key=[row.seq for row in rows].__getitem__)
         ordered = [rows[number] for number in order]
         packed = b"".join([row.tokens for row in ordered])
         n_tokens = len(packed) // _TOKEN.itemsize

@@ -188,11 +188,10 @@ class LlamaContext:
             failure = DecodeAborted if status == _ABORTED else DecodeFailed
             raise failure(words, code=status)
         self._check_numbers(rows, outputs)
-        for row in rows:
-            self._lengths[row.seq] = row.start + len(row.tokens) // 4
-        self._outputs = [
-            output if row.logits else None for row, output in zip(rows, outputs, strict=True)
-        ]
+        lengths, given = self._lengths, self._outputs
+        for row, output in zip(rows, outputs, strict=True):
+            lengths[row.seq] = row.start + len(row.tokens) // 4
+            given.append(output if row.logits else None)
 
     def set_adapters(self, adapters: Sequence[tuple[LlamaAdapter, float]]) -> None:
         """Compute with these from now on, and try it. Raises ValueError while there are tokens.
@@ -246,12 +245,11 @@ class LlamaContext:
         flash attention, a single NaN among them makes every other sequence's next step NaN,
         and it stays there until the cells are zeroed.
         """
-        pointer = llama_cpp.llama_get_logits(self._context)
-        if not pointer:
+        self._logits = self._step_logits.rows(self._context, len(rows))
+        if self._logits is None:
             for row in rows:
                 self._take_back(row)
             raise DecodeFailed("llama.cpp kept no logits for rows that asked for them", code=0)
-        self._logits = self._step_logits.rows(pointer, len(rows))
         self._largest = logits.largest(self._logits)
         if min(self._largest) >= 0:
             return
@@ -453,7 +451,7 @@ class LlamaContext:
         return 0 <= seq < self._n_seq_max
 
     def _check_sequence(self, seq: int) -> None:
-        if not self._is_sequence(seq):
+        if not 0 <= seq < self._n_seq_max:
             raise ValueError(f"sequences are 0 to {self._n_seq_max - 1}, got {seq}")
 
     def _length(self, seq: int) -> int:
@@ -468,22 +466,20 @@ class LlamaContext:
             raise ValueError("a step needs at least one row")
         seen: set[int] = set()
         for row in rows:
-            length = self._length(row.seq)
-            if row.seq in seen:
-                raise ValueError(f"sequence {row.seq} appears twice in one step")
-            seen.add(row.seq)
-            if row.start != length:
-                raise ValueError(
-                    f"sequence {row.seq} has {length} tokens, the row starts at {row.start}"
-                )
-            self._check_has_state(row.seq)
-            size = len(row.tokens)
+            seq, start, size = row.seq, row.start, len(row.tokens)
+            length = self._length(seq)
+            if seq in seen:
+                raise ValueError(f"sequence {seq} appears twice in one step")
+            seen.add(seq)
+            if start != length:
+                raise ValueError(f"sequence {seq} has {length} tokens, the row starts at {start}")
+            self._check_has_state(seq)
             if size == 0 or size % 4:
                 raise ValueError(f"a row holds packed u32 tokens, at least one; got {size} bytes")
-            if row.start + size // 4 > self._n_ctx:
+            if start + size // 4 > self._n_ctx:
                 raise ValueError(
-                    f"sequence {row.seq} would have {row.start + size // 4} tokens; the context "
-                    f"has {self._n_ctx} cells"
+                    f"sequence {seq} would have {start + size // 4} tokens; the context has "
+                    f"{self._n_ctx} cells"
                 )
 
     def _check_range(self, seq: int, start: int, end: int) -> None:
@@ -534,9 +530,9 @@ class LlamaContext:
         return self._ranges
 
     def _output(self, row: int) -> Output:
-        self._open_context()
         output = self._outputs[row] if 0 <= row < len(self._outputs) else None
         if output is None:
+            self._open_context()
             raise ValueError(f"row {row} of the last step has no logits")
         return output
 

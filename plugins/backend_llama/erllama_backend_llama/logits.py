@@ -8,10 +8,17 @@ from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
+from llama_cpp import llama_cpp
 
 from erllama_core.interfaces.backend import Mark
 
 Logits = npt.NDArray[np.float32]
+
+# As llama_cpp.llama_get_logits, but for the address alone: a pointer object for every step costs
+# more than the call.
+_logits_of: Final = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(
+    ("llama_get_logits", llama_cpp._lib)  # noqa: SLF001 - the binding has no public name for it
+)
 
 
 class StepLogits:
@@ -25,9 +32,11 @@ class StepLogits:
         self._address = 0
         self._views: dict[int, Logits] = {}
 
-    def rows(self, pointer: Any, n_rows: int) -> Logits:
-        """A row of the vocabulary's size for each output; ``pointer`` is not NULL."""
-        address = ctypes.addressof(pointer.contents)
+    def rows(self, context: Any, n_rows: int) -> Logits | None:
+        """A row of the vocabulary's size for each output; None where llama.cpp kept none."""
+        address: int | None = _logits_of(context)
+        if address is None:
+            return None
         if address != self._address:
             self._address = address
             self._views.clear()

@@ -94,7 +94,7 @@ def _restored(engine: Engine, model: Model, prompt: Any, tier: str) -> _Restored
 
 def _restore_parts(tier: str, runs: list[_Restored], floors: Floors) -> list[Part]:
     def median(field: str) -> float:
-        return statistics.median(getattr(run, field) for run in runs)
+        return float(statistics.median(getattr(run, field) for run in runs))
 
     n_bytes = runs[0].n_bytes
     read = n_bytes / floors.read + n_bytes / floors.checksum if tier == "disk" else 0.0

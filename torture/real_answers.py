@@ -1,0 +1,86 @@
+"""What a real model says when nobody disturbs it, and whether a reply is that."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from erllama_core import Model
+from stub_engine import make_engine
+
+MOST_TOKENS: Final = 12
+"""Of a reply."""
+ROUNDING: Final = 0.25
+"""How far below the likeliest token one may be that was drawn, as a difference of logits.
+
+Who else is in a batch changes how sums are rounded, in llama.cpp as in every engine; a token's
+place in the vocabulary is decided by that where two are all but equally likely. What is wrong with
+state, a block of another context or a stale one, moves logits by whole numbers.
+"""
+_TALES: Final = (
+    "The keeper of the lamp climbed the stairs each evening and counted them, and wrote down ",
+    "When the oil ran short, the boats of the outer harbour were called in one after another. ",
+    "Nothing of it remained but the chair by the window, the light, and the sound of the sea. ",
+)
+QUESTIONS: Final = tuple(
+    (_TALES[n % 3] * 6)[: 240 + 90 * (n % 7)] + f"On day {n} the keeper" for n in range(18)
+)
+"""They begin alike and part at all places."""
+
+
+def load_real(engine: Any, path: Path, tier: Sequence[str], **options: Any) -> Model:
+    """The model as all of these load it: without flash attention, which rounds more coarsely."""
+    context = {"n_ctx": 4096, "n_seq_max": 4, "n_batch": 512, "flash_attn": False}
+    model: Model = engine.load_model(
+        "real",
+        backend="llama",
+        model_path=str(path),
+        tier=list(tier),
+        context_opts=context | options.pop("context_opts", {}),
+        policy={"boundary_align_tokens": 64, "cost_gate": "off"} | options.pop("policy", {}),
+        **options,
+    )
+    return model
+
+
+class RealAnswers:
+    """The undisturbed model: without tiers, one request at a time. Close it."""
+
+    def __init__(self, path: Path, questions: Sequence[str] = QUESTIONS, **options: Any) -> None:
+        self._engine: Final = make_engine()
+        self._model: Final = load_real(self._engine, path, [], **options)
+        self.prompts: Final = [tuple(self._model.tokenize(text)) for text in questions]
+        self._answers: Final = [self._say(prompt, MOST_TOKENS) for prompt in self.prompts]
+        self.rounded = 0
+        """Replies that were another one's by rounding alone."""
+
+    def _say(self, prompt: Sequence[int], most: int) -> tuple[int, ...]:
+        return self._model.complete(list(prompt), response_tokens=most).generated
+
+    def is_right(self, number: int, said: Sequence[int]) -> bool:
+        """Whether ``said`` is, or begins, a reply to the question of that number."""
+        prompt, said = self.prompts[number], tuple(said)
+        if said == self._answers[number][: len(said)]:
+            return True
+        self.rounded += 1
+        at, right = 0, self._answers[number]
+        # From where they part, what the undisturbed model thinks of the token that was drawn.
+        while said[at:] != right[at : len(said)]:
+            at = next(n for n in range(at, len(said)) if n >= len(right) or said[n] != right[n])
+            if not self._may_say((*prompt, *said[:at]), said[at]):
+                return False
+            at += 1
+            rest = len(said) - at
+            right = (*said[:at], *(self._say((*prompt, *said[:at]), rest) if rest else ()))
+        return True
+
+    def _may_say(self, context: Sequence[int], token: int) -> bool:
+        done = self._model.complete(list(context), response_tokens=1, logprobs=20)
+        assert done.logprobs is not None
+        top = done.logprobs[0].top
+        return any(one.token == token and top[0].logprob - one.logprob <= ROUNDING for one in top)
+
+    def close(self) -> None:
+        """Free the model."""
+        self._engine.close()

@@ -7,6 +7,7 @@
 #   make bench-grammar  decoding under a JSON grammar, beside decoding without one
 #   make bench-serving  many requests at once, beside a bare loop and llama-server
 #   make bench-cache    the cache's figures beside their targets; TRACE=file replays another trace
+#   make torture  break it on purpose for ten minutes; ARGS="--only kill --seconds 600" says what
 #   make docs    the documentation as a site, in site/
 #
 # Each sets .venv up first; make PYTHON=python3.12 chooses the interpreter it is made with.
@@ -21,7 +22,7 @@ space := $(empty) $(empty)
 export MYPYPATH := $(subst $(space),:,$(strip $(PLUGINS) tests bench))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test fast long bench-cache bench-grammar bench-serving docs lint types clean
+.PHONY: help setup demo test fast long bench-cache bench-grammar bench-serving torture docs lint types clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -60,6 +61,9 @@ bench-grammar: setup
 bench-cache: setup
 	$(BIN)/python bench/cache.py $(if $(TRACE),--trace $(TRACE))
 
+torture: setup
+	$(BIN)/python -m torture $(ARGS)
+
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "erllama: see site/index.html"
@@ -71,9 +75,9 @@ lint: setup
 # The tests of one plugin at a time: each folder has its own conftest module.
 types: setup
 	$(BIN)/mypy erllama_core $(foreach p,$(PLUGINS),$(p)/erllama_$(notdir $(p))) \
-	    $(wildcard conftest.py scripts tests examples bench)
+	    $(wildcard conftest.py scripts tests examples bench torture)
 	@set -e; for plugin in $(PLUGINS); do \
 	    test ! -d $$plugin/tests || $(BIN)/mypy $$plugin/tests; done
 
 clean:
-	rm -rf .venv site .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .torture site .mypy_cache .pytest_cache .ruff_cache .hypothesis

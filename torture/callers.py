@@ -99,7 +99,7 @@ class Caller(threading.Thread):
         seed: str,
         count: int,
         streams: int = 8,
-        mix: Mix = Mix(),  # noqa: B008 - it is frozen
+        mix: Mix = Mix(),
     ) -> None:
         super().__init__(daemon=True, name=f"caller {seed}")
         self._model, self._answers, self._tally, self._mix = model, answers, tally, mix

@@ -10,7 +10,7 @@ import stat
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Final, Self
 
 from erllama_tier_disk.layout import parse_object_name
 from stub_engine import KV_CLASSES, load_stub, make_engine
@@ -148,7 +148,7 @@ class Damager:
         self.touched: set[str] = set()
         """Names of the files that were damaged."""
 
-    def __enter__(self) -> Damager:
+    def __enter__(self) -> Self:
         self._thread.start()
         return self
 
@@ -196,7 +196,7 @@ class Damage:
         self._answers: dict[str, Answers] = {}
 
     def round(self, chance: random.Random, folder: Path) -> Tally:
-        """Serve while files are damaged, restart on what is left, serve again, look at all of it."""
+        """Serve while files are damaged, restart on what is left, serve again, look at it all."""
         kv_class = chance.choice(KV_CLASSES)
         if kv_class not in self._answers:
             self._answers[kv_class] = Answers(kv_class)
@@ -242,9 +242,8 @@ class Damage:
             counters = engine.cache.counters()
             tally.note("objects found corrupt", counters.corrupt)
             tally.note("restored whole prompts", counters.hits_exact)
-            tally.check(
-                "the backend refused state that was checked", holds=not counters.state_rejected
-            )
+            refused = counters.state_rejected
+            tally.check("the backend refused state that was checked", holds=not refused)
 
     def _count_objects(self, root: Path, touched: set[str], tally: Tally) -> None:
         """Of objects that were damaged: whole again, or lost. All others must be whole."""

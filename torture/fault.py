@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import random
 from pathlib import Path
 from typing import Final, Protocol
@@ -55,11 +54,6 @@ class Known:
     most_s: float = 120.0
     """Seconds that a round may take before it counts as hanging."""
 
-    def open(self, setup: Setup) -> Fault:
-        """Begin."""
-        fault: Fault = importlib.import_module(self.module).open_fault(setup)
-        return fault
-
 
 FAULTS: Final = (
     Known(
@@ -77,11 +71,3 @@ FAULTS: Final = (
     Known("pressure", "memory pressure from none to all, and back", "torture.pressure_storm"),
     Known("soak", "everything a little, for long", "torture.soak"),
 )
-
-
-def known_fault(name: str) -> Known:
-    """The fault of that name. Raises LookupError."""
-    for known in FAULTS:
-        if known.name == name:
-            return known
-    raise LookupError(f"no fault {name!r}; there are {', '.join(k.name for k in FAULTS)}")

@@ -49,7 +49,7 @@ class RandomFaults:
                 plan.hang_deaf = self._deaf  # type: ignore[misc]
         return Fault(number, fails=self._fails(), hangs=hangs)
 
-    def move(self, _plan: FaultPlan) -> Fault:
+    def move(self) -> Fault:
         """For ``FaultPlan.next_export`` and ``next_import``."""
         return Fault(0, fails=self._fails())
 
@@ -58,10 +58,14 @@ class RandomFaults:
 def failing(faults: RandomFaults) -> Iterator[RandomFaults]:
     """All stub models of this process fail so meanwhile."""
     kept = {name: getattr(FaultPlan, name) for name in ("next_step", "next_export", "next_import")}
-    # Functions, so that they are given the plan.
-    FaultPlan.next_step = lambda plan: faults.step(plan)  # type: ignore[method-assign]
-    FaultPlan.next_export = lambda plan: faults.move(plan)  # type: ignore[method-assign]
-    FaultPlan.next_import = lambda plan: faults.move(plan)  # type: ignore[method-assign]
+    # The first is a function, so that it is given the plan.
+    replaced = {
+        "next_step": lambda plan: faults.step(plan),  # noqa: PLW0108
+        "next_export": faults.move,
+        "next_import": faults.move,
+    }
+    for name, function in replaced.items():
+        setattr(FaultPlan, name, function)
     try:
         yield faults
     finally:

@@ -49,7 +49,8 @@ class Record:
     def add(self, fault: str, values: dict[str, Any]) -> None:
         """A round is over; ``values`` is what the worker said of it."""
         with self._file(fault).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
+            # A line of its own, also behind one that a kill cut short.
+            file.write("\n" * (file.tell() > 0) + json.dumps(values))
 
     def work_folder(self, fault: str) -> Path:
         """Where a fault's rounds have their folders."""

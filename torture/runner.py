@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import attrs
 
@@ -92,6 +92,7 @@ class _Worker:
         model_path: Path | None,
     ) -> None:
         command = [sys.executable, "-m", "torture.worker", known.name]
+        command += ["--module", known.module, *(["--unprivileged"] * known.unprivileged)]
         command += ["--folder", str(record.work_folder(known.name).absolute())]
         command += ["--seed", str(record.seed), "--first", str(first)]
         command += ["--rounds", str(limits.rounds), "--seconds", str(limits.seconds)]
@@ -112,7 +113,7 @@ class _Worker:
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
-    def __enter__(self) -> _Worker:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

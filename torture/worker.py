@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import faulthandler
+import importlib
 import json
 import os
 import random
@@ -18,7 +19,7 @@ import traceback
 from pathlib import Path
 
 from erllama_core.cli.logs import configure_logs
-from torture.fault import Fault, Setup, known_fault
+from torture.fault import Fault, Setup
 from torture.tally import Tally
 
 _NOBODY = 65534
@@ -54,6 +55,8 @@ def main() -> None:
     """Run rounds until told."""
     parser = argparse.ArgumentParser(prog="torture.worker")
     parser.add_argument("fault")
+    parser.add_argument("--module", required=True)
+    parser.add_argument("--unprivileged", action="store_true")
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--seed", required=True)
     parser.add_argument("--first", type=int, default=0)
@@ -64,10 +67,11 @@ def main() -> None:
     given = parser.parse_args()
     faulthandler.enable()  # SIGABRT, by which a hang is ended, shows where every thread was
     configure_logs()
-    known = known_fault(given.fault)
-    fault = known.open(Setup(model_path=given.model, scale=given.scale))
+    fault: Fault = importlib.import_module(given.module).open_fault(
+        Setup(model_path=given.model, scale=given.scale)
+    )
     given.folder.mkdir(parents=True, exist_ok=True)
-    if known.unprivileged:
+    if given.unprivileged:
         give_up_rights(fault, given.folder)
     until = time.monotonic() + given.seconds
     try:
@@ -75,7 +79,7 @@ def main() -> None:
             if time.monotonic() >= until:
                 break
             started = time.monotonic()
-            seed = f"{given.seed} {known.name} {number}"
+            seed = f"{given.seed} {given.fault} {number}"
             tally = run_round(fault, seed, given.folder / f"round-{number}")
             done = {"round": number, "seconds": time.monotonic() - started, **tally.as_json()}
             sys.stdout.write(json.dumps(done) + "\n")

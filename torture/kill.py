@@ -20,7 +20,7 @@ from typing import Any, Final
 from erllama_core.cli.demo_model import fetch_demo_model
 from erllama_core.interfaces.block import Header
 from torture.fault import Setup
-from torture.real_answers import RealAnswers
+from torture.real_answers import QUESTIONS, RealAnswers
 from torture.store import check_whole, headers, is_kept
 from torture.tally import Tally
 
@@ -35,9 +35,9 @@ ROUNDS_A_ROOT: Final = 5
 class Child:
     """A process that serves until it is killed."""
 
-    def __init__(self, root: Path, model_path: Path, seed: int) -> None:
+    def __init__(self, root: Path, model_path: Path, seed: int, n_questions: int) -> None:
         command = [sys.executable, "-m", "torture.kill_child"]
-        command += [str(root), str(model_path), str(seed), str(os.getpid())]
+        command += [str(root), str(model_path), str(seed), str(n_questions), str(os.getpid())]
         self._process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True
         )
@@ -80,7 +80,8 @@ class Kill:
     def __init__(self, setup: Setup) -> None:
         self._setup = setup
         self._path = setup.model_path or fetch_demo_model()
-        self._answers = RealAnswers(self._path)
+        self._n_questions = setup.times(len(QUESTIONS))
+        self._answers = RealAnswers(self._path, QUESTIONS[: self._n_questions])
         self._root = Path(tempfile.mkdtemp(prefix="erllama-kill-"))
         self._published: dict[Path, Header] = {}
         self._rounds = 0
@@ -95,7 +96,7 @@ class Kill:
             self._published.clear()
         self._rounds += 1
         children = [
-            Child(self._root, self._path, chance.randrange(1 << 32))
+            Child(self._root, self._path, chance.randrange(1 << 32), self._n_questions)
             for _ in range(chance.choice([1, 1, 1, 2]))
         ]
         try:

@@ -1,6 +1,6 @@
 """The process that is killed: serves a real model from a root, and says every reply.
 
-    python -m torture.kill_child ROOT MODEL SEED PARENT
+    python -m torture.kill_child ROOT MODEL SEED QUESTIONS PARENT
 
 It ends by itself only when its parent does.
 """
@@ -29,11 +29,11 @@ def say(**values: Any) -> None:
         sys.stdout.flush()
 
 
-def ask(model: Any, chance: random.Random, parent: int) -> None:
+def ask(model: Any, chance: random.Random, n_questions: int, parent: int) -> None:
     """Ask one question after another, for as long as the parent lives."""
     try:
         while os.getppid() == parent:
-            number = chance.randrange(len(QUESTIONS))
+            number = chance.randrange(n_questions)
             # Half of it is everybody's, half is new: there is always something to write.
             salt = chance.choice([None, f"{chance.random()}"])
             done = model.complete(QUESTIONS[number], response_tokens=MOST_TOKENS, cache_salt=salt)
@@ -44,13 +44,16 @@ def ask(model: Any, chance: random.Random, parent: int) -> None:
 
 def main() -> None:
     """Serve until killed."""
-    root, model_path, seed, parent = sys.argv[1:]
+    root, model_path, seed, n_questions, parent = sys.argv[1:]
     tiers = [{"name": "disk", "kind": "disk", "root": root, "rescan_interval_s": 0.2}]
     with make_engine(tiers=tiers) as engine:
         model = load_real(engine, Path(model_path), ["disk"])
         say(ready=True)
         askers = [
-            threading.Thread(target=ask, args=(model, random.Random(f"{seed} {n}"), int(parent)))
+            threading.Thread(
+                target=ask,
+                args=(model, random.Random(f"{seed} {n}"), int(n_questions), int(parent)),
+            )
             for n in range(STREAMS)
         ]
         for asker in askers:

@@ -18,7 +18,7 @@ from erllama_core.errors import DecodeFailed
 from stub_engine import make_engine
 from tiny_gguf import ARCHS, Arch, write_tiny_gguf
 from torture.fault import Setup
-from torture.real_answers import MOST_TOKENS, RealAnswers, load_real
+from torture.real_answers import MOST_TOKENS, QUESTIONS, RealAnswers, load_real
 from torture.store import check_whole
 from torture.tally import Tally
 
@@ -69,6 +69,7 @@ class NoNumbers:
 
     def __init__(self, setup: Setup) -> None:
         self._setup = setup
+        self._n_questions = setup.times(len(QUESTIONS))
         self._answers: dict[str, RealAnswers] = {}
         self._paths: dict[str, Path] = {}
         self._folder = tempfile.TemporaryDirectory(prefix="erllama-models-")
@@ -77,7 +78,7 @@ class NoNumbers:
         if arch not in self._answers:
             path = write_tiny_gguf(Path(self._folder.name) / f"{arch}.gguf", arch)
             self._paths[arch] = path
-            self._answers[arch] = RealAnswers(path, **OPTIONS)
+            self._answers[arch] = RealAnswers(path, QUESTIONS[: self._n_questions], **OPTIONS)
         return self._answers[arch]
 
     def round(self, chance: random.Random, folder: Path) -> Tally:

@@ -19,7 +19,7 @@ from torture.store import check_whole
 from torture.tally import Tally
 
 CALLERS: Final = 4
-REQUESTS: Final = 120
+REQUESTS: Final = 200
 INTERVAL_MS: Final = 5
 _TOTAL: Final = 1_000_000
 
@@ -49,6 +49,7 @@ class Evictor(threading.Thread):
             self._evict,
             self._evict,
             engine.cache.gc,
+            engine.pressure.force_check,
             engine.pressure.force_check,
             self._change_quota,
             self._pin,
@@ -114,7 +115,7 @@ class PressureStorm:
             "enabled": True,
             "interval_ms": INTERVAL_MS,
             "evict_tiers": chance.choice([["ram"], ["ram", "disk"]]),
-            "unload_idle_models": chance.random() < 0.3,
+            "unload_idle_models": chance.random() < 0.15,
         }
         with gauged_engine(
             Swing(random.Random(chance.random())), tiers=tiers, pressure=pressure
@@ -123,6 +124,7 @@ class PressureStorm:
                 engine,
                 tier=["ram", "disk"],
                 kv_class=kv_class,
+                decode_us=chance.choice([0.0, 500.0]),  # time for the storm to be one
                 context_opts={
                     "n_ctx": 1200,
                     "n_seq_max": 8,
@@ -147,7 +149,9 @@ class PressureStorm:
                 thread.start()
             whole = join_callers(callers, tally)
             evictor.stop()
+            engine.pressure.set_thresholds(unload_idle_models=False)
             engine.pressure.disable()
+            engine.pressure.force_check()  # it comes after a check that is under way
             status = engine.pressure.status()
             tally.note("releases", status.releases)
             tally.note("evictions", engine.cache.counters().evictions)

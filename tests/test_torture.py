@@ -10,13 +10,14 @@ from pathlib import Path
 
 import attrs
 import pytest
+from report import read_json
 
 from tiny_gguf import write_tiny_gguf
 from torture import damage
 from torture.fault import FAULTS, Fault, Known, Setup
 from torture.real_answers import RealAnswers
 from torture.record import Record
-from torture.report import as_json, as_markdown, lines_of
+from torture.report import as_json, as_markdown, curves_json, lines_of
 from torture.runner import Limits, environment, run_fault
 from torture.tally import Tally
 
@@ -88,6 +89,8 @@ SAMPLE = """
 import os, time
 from torture.tally import Tally
 
+POINT = ("resident MiB", "threads", "open files", "median wait ms", "99th percentile ms")
+
 class Sample:
     def round(self, chance, folder):
         mode = os.environ["SAMPLE_MODE"]
@@ -100,7 +103,8 @@ class Sample:
         assert folder.is_dir() and not list(folder.iterdir())
         tally = Tally(survived=2, lost=1)
         tally.note("draws", chance.randrange(1000))
-        tally.point = {"x": 1.0}
+        number = float(folder.name.rpartition("-")[2])
+        tally.point = dict.fromkeys(POINT, number) | {"requests": 10 * number % 30}
         return tally
 
     def close(self):
@@ -140,9 +144,22 @@ def test_a_second_call_goes_on_where_the_first_ended(sample: Known, tmp_path: Pa
         assert (total.tried, total.survived, total.lost, total.wrong) == (9, 6, 3, [])
     assert totals(whole, sample).notes == totals(parts, sample).notes
     [line] = lines_of(whole, [sample])
-    assert line.series == {"x": [1.0, 1.0, 1.0]}
     assert as_json(3, [line])["faults"]["sample"]["tried"] == 9
     assert "| a sample (`sample`) | 3 | 9 | 6 | 3 | 0 |" in as_markdown([line])
+
+
+def test_what_was_measured_over_time_can_be_drawn(sample: Known, tmp_path: Path) -> None:
+    """The benchmarks' report reads the curves; a process that was new begins another one."""
+    record = Record(tmp_path, 1)
+    run_fault(sample, record, Limits(seconds=60, rounds=5))
+    path = tmp_path / "curves.json"
+    path.write_text(json.dumps(curves_json(record, [sample])))
+    [section] = read_json(path)
+    [memory] = [plot for plot in section.plots if plot.name == "torture-memory"]
+    assert [(one.x, one.y) for one in memory.series] == [
+        ((0.0, 10.0, 20.0), (0.0, 1.0, 2.0)),
+        ((0.0, 10.0), (3.0, 4.0)),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typing import Final
 
 from torture.fault import FAULTS, Known
 from torture.record import Record, latest_seed
-from torture.report import as_json, as_markdown, lines_of
+from torture.report import as_json, as_markdown, curves_json, lines_of
 from torture.runner import Limits, run_fault
 from torture.tally import Tally
 
@@ -79,6 +79,8 @@ def main() -> int:
     lines = lines_of(record, faults)
     found = as_json(seed, lines)
     (record.folder / "report.json").write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+    measured = curves_json(record, faults)
+    (record.folder / "curves.json").write_text(json.dumps(measured) + "\n", "utf-8")
     (record.folder / "report.md").write_text(as_markdown(lines), "utf-8")
     sys.stdout.write(json.dumps(found) + "\n" if given.json else as_markdown(lines))
     for line in lines:

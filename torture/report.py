@@ -7,6 +7,7 @@ from typing import Any
 
 import attrs
 
+from torture.curves import curves
 from torture.fault import Known
 from torture.record import Record, Round
 from torture.tally import Tally
@@ -22,8 +23,6 @@ class Line:
     rounds: int
     seconds: float
     tally: Tally
-    series: dict[str, list[float]]
-    """Measured after each round, by name; empty for most faults."""
 
     @classmethod
     def of(cls, known: Known, rounds: Sequence[Round]) -> Line:
@@ -31,16 +30,19 @@ class Line:
         total = Tally()
         for one in rounds:
             total.add(one.tally)
-        points = [one.tally.point for one in rounds if one.tally.point]
-        names = points[0] if points else {}
-        series = {name: [point[name] for point in points] for name in names}
-        return cls(known, len(rounds), sum(one.seconds for one in rounds), total, series)
+        return cls(known, len(rounds), sum(one.seconds for one in rounds), total)
 
 
 def lines_of(record: Record, faults: Iterable[Known]) -> list[Line]:
     """The rows of those faults that were tried."""
     found = [Line.of(known, record.rounds(known.name)) for known in faults]
     return [line for line in found if line.rounds]
+
+
+def curves_json(record: Record, faults: Iterable[Known]) -> dict[str, Any]:
+    """What was measured over time, for ``bench/report.py``."""
+    found = [curves(one.name, one.summary, record.rounds(one.name)) for one in faults]
+    return {"sections": [section for section in found if section is not None]}
 
 
 def as_markdown(lines: Sequence[Line]) -> str:
@@ -61,7 +63,7 @@ def as_markdown(lines: Sequence[Line]) -> str:
 
 
 def as_json(seed: int, lines: Sequence[Line]) -> dict[str, Any]:
-    """For programs. ``series`` has arrays of equal length, one value a round."""
+    """For programs."""
     return {
         "seed": seed,
         "faults": {
@@ -73,7 +75,6 @@ def as_json(seed: int, lines: Sequence[Line]) -> dict[str, Any]:
                 "lost": line.tally.lost,
                 "wrong": line.tally.wrong,
                 "notes": dict(line.tally.notes),
-                "series": line.series,
             }
             for line in lines
         },

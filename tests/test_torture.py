@@ -14,11 +14,12 @@ from report import read_json
 
 from tiny_gguf import write_tiny_gguf
 from torture import damage
+from torture.environment import environment
 from torture.fault import FAULTS, Fault, Known, Setup
 from torture.real_answers import RealAnswers
 from torture.record import Record
 from torture.report import as_json, as_markdown, curves_json, lines_of
-from torture.runner import Limits, environment, run_fault
+from torture.runner import Limits, run_fault
 from torture.tally import Tally
 
 ROOT = Path(__file__).parents[1]

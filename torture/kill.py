@@ -19,6 +19,7 @@ from typing import Any, Final
 
 from erllama_core.cli.demo_model import fetch_demo_model
 from erllama_core.interfaces.block import Header
+from torture.environment import environment
 from torture.fault import Setup
 from torture.real_answers import QUESTIONS, RealAnswers
 from torture.store import check_whole, headers, is_kept
@@ -39,7 +40,7 @@ class Child:
         command = [sys.executable, "-m", "torture.kill_child"]
         command += [str(root), str(model_path), str(seed), str(n_questions), str(os.getpid())]
         self._process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True
+            command, env=environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True
         )
         self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -54,9 +55,12 @@ class Child:
     def wait_ready(self) -> bool:
         """Whether it came to serve."""
         try:
-            return self._lines.get(timeout=PATIENCE_S) is not None
+            line = self._lines.get(timeout=PATIENCE_S)
         except queue.Empty:
             return False
+        if line is None:
+            self._lines.put(None)  # whoever reads on is to see the end too
+        return line is not None
 
     def kill(self) -> list[dict[str, Any]]:
         """End it now; what it said since it was asked last."""

@@ -155,8 +155,8 @@ class NoNumbers:
 
 
 OPTIONS: Final[dict[str, Any]] = {
-    "context_opts": {"n_ctx": 2048, "n_threads": 1, "n_batch": 256},
-    "policy": {"boundary_align_tokens": 32, "snapshot_interval": 64},
+    "context_opts": {"n_ctx": 2048, "n_batch": 256},
+    "policy": {"snapshot_interval": 64},
 }
 
 

@@ -24,21 +24,31 @@ _TALES: Final = (
     "Nothing of it remained but the chair by the window, the light, and the sound of the sea. ",
 )
 QUESTIONS: Final = tuple(
-    (_TALES[n % 3] * 6)[: 240 + 90 * (n % 7)] + f"On day {n} the keeper" for n in range(18)
+    (_TALES[n % 3] * 6)[: 120 + 80 * (n % 5)] + f"On day {n} the keeper" for n in range(12)
 )
 """They begin alike and part at all places."""
 
 
 def load_real(engine: Any, path: Path, tier: Sequence[str], **options: Any) -> Model:
-    """The model as all of these load it: without flash attention, which rounds more coarsely."""
-    context = {"n_ctx": 4096, "n_seq_max": 4, "n_batch": 512, "flash_attn": False}
+    """The model as all of these load it.
+
+    Without flash attention, which rounds more coarsely; with one thread, as threads of llama.cpp
+    that share a processor with others wait for each other most of the time.
+    """
+    context = {"n_ctx": 4096, "n_seq_max": 4, "n_batch": 512, "n_threads": 1, "flash_attn": False}
+    policy = {
+        "boundary_align_tokens": 32,
+        "min_tokens": 16,
+        "cold_min_tokens": 16,
+        "cost_gate": "off",
+    }
     model: Model = engine.load_model(
         "real",
         backend="llama",
         model_path=str(path),
         tier=list(tier),
         context_opts=context | options.pop("context_opts", {}),
-        policy={"boundary_align_tokens": 64, "cost_gate": "off"} | options.pop("policy", {}),
+        policy=policy | options.pop("policy", {}),
         **options,
     )
     return model

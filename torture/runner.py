@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import queue
 import signal
 import subprocess
@@ -16,11 +15,11 @@ from typing import Any, Final, Self
 
 import attrs
 
+from torture.environment import ROOT, environment
 from torture.fault import Known
 from torture.record import Record
 from torture.tally import Tally
 
-_ROOT: Final = Path(__file__).resolve().parents[1]
 _ENDS_WITHIN_S: Final = 60.0
 """A worker that has said its last line, or was told to end."""
 
@@ -103,7 +102,7 @@ class _Worker:
         self._process = subprocess.Popen(
             command,
             env=environment(),
-            cwd=_ROOT,
+            cwd=ROOT,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=self._words,
@@ -156,9 +155,3 @@ class _Worker:
         if code < 0:
             return f"the process was ended by {signal.Signals(-code).name}"
         return f"the process ended with {code}" if code else None
-
-
-def environment() -> dict[str, str]:
-    """In which this package and the helpers that it shares with the tests are found."""
-    paths = [str(_ROOT), str(_ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}

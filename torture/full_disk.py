@@ -131,6 +131,7 @@ class FullDisk:
                     disk.stop()
                 counters = engine.cache.counters()
                 tally.note("objects that found no room", counters.saves_dropped)
+                check_whole(root, tally)
                 self._save_again(engine, model, tally)
             check_whole(root, tally)
         return tally

@@ -12,7 +12,15 @@ from torture.fault import Known
 from torture.record import Record, Round
 from torture.tally import Tally
 
-_MOST_NOTES = 6
+_MOST_NOTES = 7
+_WORDS = {
+    "length": "whole replies",
+    "cancelled": "cancelled requests",
+    "TimeoutExceeded": "requests out of time",
+    "StickyBusy": "turns refused while their session was busy",
+    "EngineReset": "sessions reset",
+}
+"""Of how requests ended, for people."""
 
 
 @attrs.frozen
@@ -54,7 +62,7 @@ def as_markdown(lines: Sequence[Line]) -> str:
     for line in lines:
         tally = line.tally
         most = tally.notes.most_common(_MOST_NOTES)
-        notes = ", ".join(f"{count:,} {name}" for name, count in most)
+        notes = ", ".join(f"{count:,} {_WORDS.get(name, name)}" for name, count in most)
         rows.append(
             f"| {line.known.summary} (`{line.known.name}`) | {line.rounds:,} | {tally.tried:,} | "
             f"{tally.survived:,} | {tally.lost:,} | {len(tally.wrong)} | {notes} |"

@@ -16,7 +16,7 @@ from erllama_tier_disk.layout import parse_object_name
 from stub_engine import KV_CLASSES, load_stub, make_engine
 from torture.callers import Answers, Caller, Mix, check_at_rest, join_callers
 from torture.fault import Setup
-from torture.store import verify
+from torture.store import troubles, verify
 from torture.tally import Tally
 
 CALLERS: Final = 3
@@ -248,15 +248,7 @@ class Damage:
     def _count_objects(self, root: Path, touched: set[str], tally: Tally) -> None:
         """Of objects that were damaged: whole again, or lost. All others must be whole."""
         verification = verify(root)
-        bad = {
-            Path(found.location).name: found.reason
-            for found in (
-                *verification.damaged,
-                *verification.unreadable,
-                *verification.unknown_format,
-                *verification.scan_failures,
-            )
-        }
+        bad = {Path(location).name: reason for location, reason in troubles(verification)}
         there = {path.name for path in root.glob("objects/??/*.kvc")} - bad.keys()
         for name in touched:
             if name in there:

@@ -62,6 +62,16 @@ def verify(root: Path) -> Verification:
         tier.close()
 
 
+def troubles(verification: Verification) -> list[tuple[str, str]]:
+    """What is no whole object: where it is, and why."""
+    findings = (*verification.damaged, *verification.unreadable, *verification.unknown_format)
+    failures = verification.scan_failures
+    return [
+        *((found.location, found.reason) for found in findings),
+        *((found.location, found.reason) for found in failures),
+    ]
+
+
 def sweep(root: Path) -> None:
     """Open the root as its janitor, who removes what killed writers left behind."""
     tier = FileTier(root, rescan_interval_s=0)
@@ -77,12 +87,7 @@ def check_whole(root: Path, tally: Tally) -> None:
     sweep(root)
     verification = verify(root)
     tally.survive("objects verified", verification.intact)
-    for found in (
-        *verification.damaged,
-        *verification.unreadable,
-        *verification.unknown_format,
-        *verification.scan_failures,
-    ):
-        tally.accuse(f"{found.location}: {found.reason}")
+    for location, reason in troubles(verification):
+        tally.accuse(f"{location}: {reason}")
     left = temporaries(root)
     tally.check(f"left behind by writers: {left}", holds=not left)

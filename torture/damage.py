@@ -168,10 +168,13 @@ class Damager:
         if not paths:
             return
         path, way = self._chance.choice(paths), self._chance.choice(WAYS)
-        beside = {found.name for found in path.parent.iterdir()} if way is folder_gone else set()
         # Others are at work on the same files: what cannot be damaged any more is left alone.
         with contextlib.suppress(OSError):
-            self.touched |= {path.name, *beside}
+            if way is folder_gone:
+                self.touched |= {found.name for found in path.parent.iterdir()}
+            elif path.stat().st_nlink > 1:
+                self.touched |= {other.name for other in paths if other.samefile(path)}
+            self.touched.add(path.name)
             way(path, self._chance, paths)
             self._tally.note(f"damage: {way.__name__}")
             self._tally.note("files damaged")
@@ -202,14 +205,12 @@ class Damage:
             self._answers[kv_class] = Answers(kv_class)
         tally = Tally()
         root = folder / "root"
-        touched: set[str] = set()
         with Damager(root, chance, tally) as damager:
             self._serve(chance, root, kv_class, tally)
-            touched |= damager.touched
         give_permissions(root)
         self._serve(chance, root, kv_class, tally)
         give_permissions(root)
-        self._count_objects(root, touched, tally)
+        self._count_objects(root, damager.touched, tally)
         return tally
 
     def _serve(self, chance: random.Random, root: Path, kv_class: str, tally: Tally) -> None:

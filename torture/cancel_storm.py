@@ -87,11 +87,12 @@ class CancelStorm:
                 engine,
                 tier=chance.choice([["ram"], ["disk"], ["ram", "disk"]]),
                 kv_class=kv_class,
+                max_block_tokens=chance.choice([None, 16]),
                 # Slow enough to be met in the middle of a prompt and of a reply.
                 prefill_us_per_token=chance.choice([0.0, 10.0]),
                 decode_us=chance.choice([0.0, 300.0]),
                 context_opts={
-                    "n_ctx": chance.choice([600, 2000]),
+                    "n_ctx": chance.choice([300, 600, 2000]),
                     "n_seq_max": streams,
                     "kv_unified": chance.random() < 0.7,
                     "resident_cells_max": chance.choice([0, 300]),
@@ -114,6 +115,7 @@ class CancelStorm:
                     model.end_session(session)
                 tally.check("the engine came to rest", holds=engine.flush(60))
                 check_at_rest(model, tally)
+                tally.note("preemptions", model.info().preemptions)
                 peace = Mix(timeouts=0.0, cancels=0.0, late_cancels=0.0, session_ends=0.0)
                 again = self._callers(model, kv_class, tally, chance, 20, peace)
                 for thread in again:

@@ -53,8 +53,9 @@ class FailingBackend:
                         engine,
                         tier=["ram", "disk"],
                         kv_class=kv_class,
+                        max_block_tokens=chance.choice([None, 16]),
                         context_opts={
-                            "n_ctx": 2000,
+                            "n_ctx": chance.choice([300, 600, 2000]),
                             "n_seq_max": 8,
                             "kv_unified": chance.random() < 0.7,
                             "decode_budget_ms": BUDGET_MS,
@@ -75,6 +76,7 @@ class FailingBackend:
                 if join_callers(calm, tally):
                     tally.check("the engine came to rest", holds=engine.flush(60))
                     check_at_rest(model, tally)
+                tally.note("preemptions", model.info().preemptions)
             finally:
                 for gate in gates:
                     gate.open()

@@ -124,9 +124,10 @@ class PressureStorm:
                 engine,
                 tier=["ram", "disk"],
                 kv_class=kv_class,
+                max_block_tokens=chance.choice([None, 16]),
                 decode_us=chance.choice([0.0, 500.0]),  # time for the storm to be one
                 context_opts={
-                    "n_ctx": 1200,
+                    "n_ctx": chance.choice([300, 600, 2000]),
                     "n_seq_max": 8,
                     "kv_unified": chance.random() < 0.7,
                     "resident_cells_max": chance.choice([0, 400]),
@@ -160,6 +161,7 @@ class PressureStorm:
             elif whole:
                 tally.check("the engine came to rest", holds=engine.flush(60))
                 check_at_rest(model, tally)
+                tally.note("preemptions", model.info().preemptions)
                 self._save_again(engine, model, tally)
         check_whole(root, tally)
         return tally

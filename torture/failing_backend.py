@@ -70,6 +70,7 @@ class FailingBackend:
                     join_callers(callers, tally)
                 tally.note("calls that failed", faults.failed)
                 tally.note("steps that hung", len(faults.hung))
+                tally.note("restores refused", engine.cache.counters().state_rejected)
                 calm = self._callers(model, kv_class, tally, chance, 20)
                 for caller in calm:
                     caller.start()

@@ -49,8 +49,12 @@ class RandomFaults:
                 plan.hang_deaf = self._deaf  # type: ignore[misc]
         return Fault(number, fails=self._fails(), hangs=hangs)
 
-    def move(self) -> Fault:
-        """For ``FaultPlan.next_export`` and ``next_import``."""
+    def export(self) -> Fault:
+        """For ``FaultPlan.next_export``: it fails, or what it gives lacks a cell."""
+        return Fault(0, fails=self._fails(), short=self._fails())
+
+    def load(self) -> Fault:
+        """For ``FaultPlan.next_import``."""
         return Fault(0, fails=self._fails())
 
 
@@ -61,8 +65,8 @@ def failing(faults: RandomFaults) -> Iterator[RandomFaults]:
     # The first is a function, so that it is given the plan.
     replaced = {
         "next_step": lambda plan: faults.step(plan),  # noqa: PLW0108
-        "next_export": faults.move,
-        "next_import": faults.move,
+        "next_export": faults.export,
+        "next_import": faults.load,
     }
     for name, function in replaced.items():
         setattr(FaultPlan, name, function)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final, Self
 
-from erllama_tier_disk.layout import parse_object_name
+from erllama_tier_disk.layout import JANITOR_LOCK, parse_object_name
 from stub_engine import KV_CLASSES, load_stub, make_engine
 from torture.callers import Answers, Caller, Mix, check_at_rest, join_callers
 from torture.fault import Setup
@@ -115,6 +115,17 @@ def folder_gone(path: Path, _chance: random.Random, _others: list[Path]) -> None
     shutil.rmtree(path.parent)
 
 
+def lock(path: Path, chance: random.Random, _others: list[Path]) -> None:
+    """The file by which a janitor is elected is gone, or is none."""
+    place = path.parents[2] / JANITOR_LOCK
+    if place.is_dir():
+        place.rmdir()
+    else:
+        place.unlink()
+        if chance.random() < 0.5:
+            place.mkdir()
+
+
 WAYS: Final[tuple[Callable[[Path, random.Random, list[Path]], None], ...]] = (
     flip,
     flip,
@@ -133,6 +144,7 @@ WAYS: Final[tuple[Callable[[Path, random.Random, list[Path]], None], ...]] = (
     pipe,
     stray,
     folder_gone,
+    lock,
 )
 
 

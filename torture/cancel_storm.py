@@ -110,10 +110,10 @@ class CancelStorm:
             for thread in storm:
                 thread.stop()
             if whole:
-                tally.check("the engine came to rest", holds=engine.flush(60))
+                tally.check("the engine came to no rest", holds=engine.flush(60))
                 for session in SESSIONS:
                     model.end_session(session)
-                tally.check("the engine came to rest", holds=engine.flush(60))
+                tally.check("the engine came to no rest", holds=engine.flush(60))
                 check_at_rest(model, tally)
                 tally.note("preemptions", model.info().preemptions)
                 peace = Mix(timeouts=0.0, cancels=0.0, late_cancels=0.0, session_ends=0.0)

@@ -250,7 +250,7 @@ class Damage:
             for caller in callers:
                 caller.start()
             if join_callers(callers, tally):
-                tally.check("the engine came to rest", holds=engine.flush(60))
+                tally.check("the engine came to no rest", holds=engine.flush(60))
                 check_at_rest(model, tally)
             counters = engine.cache.counters()
             tally.note("objects found corrupt", counters.corrupt)

@@ -75,7 +75,7 @@ class FailingBackend:
                 for caller in calm:
                     caller.start()
                 if join_callers(calm, tally):
-                    tally.check("the engine came to rest", holds=engine.flush(60))
+                    tally.check("the engine came to no rest", holds=engine.flush(60))
                     check_at_rest(model, tally)
                 tally.note("preemptions", model.info().preemptions)
             finally:

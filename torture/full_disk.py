@@ -154,7 +154,7 @@ class FullDisk:
         for caller in callers:
             caller.start()
         if join_callers(callers, tally):
-            tally.check("the engine came to rest", holds=engine.flush(60))
+            tally.check("the engine came to no rest", holds=engine.flush(60))
             check_at_rest(model, tally)
 
     def _save_again(self, engine: Engine, model: Model, tally: Tally) -> None:
@@ -163,7 +163,7 @@ class FullDisk:
         prompt = max(PROMPTS, key=len)
         for _ in range(2):
             done = model.complete(prompt, response_tokens=4, cache_salt="afterwards")
-            tally.check("the engine came to rest", holds=engine.flush(60))
+            tally.check("the engine came to no rest", holds=engine.flush(60))
         if done.cache_hit_kind == "exact":
             tally.survive()
         else:

@@ -97,11 +97,11 @@ class NoNumbers:
             faults = NativeFaults(random.Random(chance.random()), n_vocab, chance.choice([8, 40]))
             with faults.active():
                 said = self._serve(model, answers, chance, tally, REQUESTS)
-                tally.check("the engine came to rest", holds=engine.flush(60))
+                tally.check("the engine came to no rest", holds=engine.flush(60))
             tally.note("steps with NaN", faults.spoilt)
             tally.note("steps refused", faults.refused)
             said += self._serve(model, answers, chance, tally, 8)
-            tally.check("the engine came to rest", holds=engine.flush(60))
+            tally.check("the engine came to no rest", holds=engine.flush(60))
             self._judge(said, answers, tally)  # not before: it asks an undisturbed model
             info = model.info()
             tally.check("a sequence is not free", holds=info.available_seqs == info.n_seq_max)

@@ -159,7 +159,7 @@ class PressureStorm:
             if whole and not engine.models():
                 tally.note("models unloaded")
             elif whole:
-                tally.check("the engine came to rest", holds=engine.flush(60))
+                tally.check("the engine came to no rest", holds=engine.flush(60))
                 check_at_rest(model, tally)
                 tally.note("preemptions", model.info().preemptions)
                 self._save_again(engine, model, tally)
@@ -172,7 +172,7 @@ class PressureStorm:
             engine.cache.set_quota(tier, 500_000)
         for _ in range(2):
             done = model.complete(max(PROMPTS, key=len), response_tokens=4, cache_salt="after")
-            tally.check("the engine came to rest", holds=engine.flush(60))
+            tally.check("the engine came to no rest", holds=engine.flush(60))
         if done.cache_hit_kind == "exact":
             tally.survive()
         else:

@@ -90,7 +90,7 @@ class Soak:
         seconds = time.monotonic() - started
         tally.note("calls that failed", faults.failed)
         if whole:
-            tally.check("the engine came to rest", holds=self._engine.flush(60))
+            tally.check("the engine came to no rest", holds=self._engine.flush(60))
             check_at_rest(self._model, tally)
             self._measure([wait for caller in callers for wait in caller.waits_s], seconds, tally)
         return tally

@@ -94,7 +94,6 @@ class Kill:
         """One child, or two at once, killed while they serve; then the root is looked at."""
         del folder
         tally = Tally()
-        rounded = self._answers.rounded
         if self._rounds % ROUNDS_A_ROOT == 0:
             shutil.rmtree(self._root)
             self._published.clear()
@@ -117,7 +116,7 @@ class Kill:
                 self._judge(child.kill(), tally)
                 tally.note("kills")
         self._look(tally)
-        tally.note("replies that differ by rounding", self._answers.rounded - rounded)
+        self._answers.note_rounded(tally)
         return tally
 
     def _judge(self, said: list[dict[str, Any]], tally: Tally) -> None:

@@ -86,7 +86,6 @@ class NoNumbers:
         arch = chance.choice(ARCHS)
         answers = self._known(arch)
         tally = Tally()
-        rounded = answers.rounded
         tiers = [{"name": "disk", "kind": "disk", "root": str(folder / "root")}]
         with make_engine(tiers=tiers) as engine:
             options = {**OPTIONS["context_opts"], "kv_unified": chance.random() < 0.7}
@@ -108,7 +107,7 @@ class NoNumbers:
             refused = engine.cache.counters().state_rejected
             tally.check("the backend refused stored state", holds=not refused)
         check_whole(folder / "root", tally)
-        tally.note("replies that differ by rounding", answers.rounded - rounded)
+        answers.note_rounded(tally)
         return tally
 
     def _serve(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from erllama_core import Model
 from stub_engine import make_engine
+from torture.tally import Tally
 
 MOST_TOKENS: Final = 12
 """Of a reply."""
@@ -18,6 +20,7 @@ Who else is in a batch changes how sums are rounded, in llama.cpp as in every en
 place in the vocabulary is decided by that where two are all but equally likely. What is wrong with
 state, a block of another context or a stale one, moves logits by whole numbers.
 """
+FINE: Final = 0.05
 _TALES: Final = (
     "The keeper of the lamp climbed the stairs each evening and counted them, and wrote down ",
     "When the oil ran short, the boats of the outer harbour were called in one after another. ",
@@ -63,7 +66,9 @@ class RealAnswers:
         self.prompts: Final = [tuple(self._model.tokenize(text)) for text in questions]
         self._answers: Final = [self._say(prompt, MOST_TOKENS) for prompt in self.prompts]
         self.rounded = 0
-        """Replies that were another one's by rounding alone."""
+        """Replies that differed and were right all the same."""
+        self.coarsely_rounded = 0
+        """Of these, the ones with a token that was more than :data:`FINE` below the likeliest."""
 
     def _say(self, prompt: Sequence[int], most: int) -> tuple[int, ...]:
         return self._model.complete(list(prompt), response_tokens=most).generated
@@ -73,23 +78,33 @@ class RealAnswers:
         prompt, said = self.prompts[number], tuple(said)
         if said == self._answers[number][: len(said)]:
             return True
-        self.rounded += 1
-        at, right = 0, self._answers[number]
+        at, right, most = 0, self._answers[number], 0.0
         # From where they part, what the undisturbed model thinks of the token that was drawn.
         while said[at:] != right[at : len(said)]:
             at = next(n for n in range(at, len(said)) if n >= len(right) or said[n] != right[n])
-            if not self._may_say((*prompt, *said[:at]), said[at]):
+            most = max(most, self._below((*prompt, *said[:at]), said[at]))
+            if most > ROUNDING:
                 return False
             at += 1
             rest = len(said) - at
             right = (*said[:at], *(self._say((*prompt, *said[:at]), rest) if rest else ()))
+        self.rounded += 1
+        self.coarsely_rounded += most > FINE
         return True
 
-    def _may_say(self, context: Sequence[int], token: int) -> bool:
+    def _below(self, context: Sequence[int], token: int) -> float:
+        """How far a token is below the likeliest one, as a difference of logits."""
         done = self._model.complete(list(context), response_tokens=1, logprobs=20)
         assert done.logprobs is not None
         top = done.logprobs[0].top
-        return any(one.token == token and top[0].logprob - one.logprob <= ROUNDING for one in top)
+        found = [top[0].logprob - one.logprob for one in top if one.token == token]
+        return found[0] if found else math.inf
+
+    def note_rounded(self, tally: Tally) -> None:
+        """Tell a tally how many there were since it was told last."""
+        tally.note("replies that differ by rounding", self.rounded)
+        tally.note(f"of these, by more than {FINE}", self.coarsely_rounded)
+        self.rounded = self.coarsely_rounded = 0
 
     def close(self) -> None:
         """Free the model."""

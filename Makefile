@@ -9,6 +9,7 @@
 #   make bench-serving  many requests at once, beside a bare loop and llama-server
 #   make bench-cache    the cache's figures beside their targets; TRACE=file replays another trace
 #   make bench-snapshots  what snapshots cost a prefill, for models whose state cannot be cut
+#   make torture  break it on purpose for ten minutes; ARGS="--only kill --seconds 600" says what
 #   make docs    the documentation as a site, in site/
 #
 # Each sets .venv up first; make PYTHON=python3.12 chooses the interpreter it is made with.
@@ -24,7 +25,7 @@ export MYPYPATH := $(subst $(space),:,$(strip $(PLUGINS) tests bench fuzz))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test fast long fuzz bench-cache bench-grammar bench-serving bench-snapshots \
-        docs lint types clean
+        torture docs lint types clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -72,6 +73,9 @@ bench-cache: setup
 bench-snapshots: setup
 	$(BIN)/python bench/snapshots.py
 
+torture: setup
+	$(BIN)/python -m torture $(ARGS)
+
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "erllama: see site/index.html"
@@ -83,9 +87,9 @@ lint: setup
 # The tests of one plugin at a time: each folder has its own conftest module.
 types: setup
 	$(BIN)/mypy erllama_core $(foreach p,$(PLUGINS),$(p)/erllama_$(notdir $(p))) \
-	    $(wildcard conftest.py scripts tests examples bench fuzz)
+	    $(wildcard conftest.py scripts tests examples bench fuzz torture)
 	@set -e; for plugin in $(PLUGINS); do \
 	    test ! -d $$plugin/tests || $(BIN)/mypy $$plugin/tests; done
 
 clean:
-	rm -rf .venv site .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .torture site .mypy_cache .pytest_cache .ruff_cache .hypothesis

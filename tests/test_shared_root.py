@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import random
@@ -12,17 +11,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
 import pytest
 
 from erllama_core import Cache, NamedTier
-from erllama_core.interfaces.block import Header, ObjectKind, decode_header, verify_object
+from erllama_core.interfaces.block import Header, verify_object
 from erllama_core.interfaces.tier import ScanFailure
 from erllama_tier_disk.store import FileTier
 from stub_engine import load_stub, make_engine
+from torture.store import headers, is_kept, temporaries
 
 TESTS = Path(__file__).parent
 
@@ -298,27 +298,6 @@ def kill_savers(root: Path, kv_class: str, rounds: int, seed: int) -> int:
     return len(published)
 
 
-def headers(root: Path) -> dict[Path, Header]:
-    """The header of every published file; one that is just removed is left out."""
-    found = {}
-    for path in root.rglob("*.kvc"):
-        with contextlib.suppress(FileNotFoundError):
-            found[path] = decode_header(path.read_bytes())
-    return found
-
-
-def is_kept(header: Header, others: Iterable[Header]) -> bool:
-    """Whether one of the others holds the whole of a block: a short one's tokens move there."""
-    path = header.lead_tokens + header.tokens
-    return header.kind is ObjectKind.KV and any(
-        other.kind is ObjectKind.KV
-        and other.segment_key == header.segment_key
-        and other.start <= header.start
-        and (other.lead_tokens + other.tokens).startswith(path)
-        for other in others
-    )
-
-
 def check_root(root: Path, published: dict[Path, Header]) -> None:
     """Open the root as the next process would: whole, complete, and swept by its janitor."""
     tier = FileTier(root, rescan_interval_s=0)
@@ -335,7 +314,7 @@ def check_root(root: Path, published: dict[Path, Header]) -> None:
             assert not isinstance(found, ScanFailure)
             data = tier.read(found.object_id, lambda size: memoryview(bytearray(size)))
             verify_object(data, found.object_id)
-        assert list(root.rglob("*.tmp")) == []
+        assert temporaries(root) == []
         assert tier.usage().used_bytes == sum(row.size_bytes for row in rows)
 
 

@@ -127,6 +127,8 @@ class FileTier:
         for folder in folders:
             try:
                 self._anchor(folder)
+            except FileNotFoundError:
+                continue  # removed meanwhile, with all that was in it
             except OSError as error:
                 raise tier_error("make durable", folder, error) from error
 

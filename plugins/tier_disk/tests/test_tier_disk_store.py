@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import stat
 import subprocess
 import sys
@@ -274,6 +275,35 @@ def test_what_was_stored_can_be_made_durable(
     monkeypatch.setattr("erllama_tier_disk.store.sync_file", fail)
     with pytest.raises(TierError, match="make durable"):
         tier.make_durable(stored)
+
+
+def test_a_folder_removed_while_it_is_made_durable_is_no_error(
+    tier: FileTier, make: MakeObject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is gone with its folder is skipped, as an object that is gone by itself is."""
+    stored = []
+    for number in range(2):
+        object_id, data = make(number)
+        tier.put(object_id, [data])
+        stored.append(object_id)
+    gone = path_of(tier, stored[0]).parent
+    synced: list[Path] = []
+    monkeypatch.setattr(
+        "erllama_tier_disk.store.sync_file", lambda _: shutil.rmtree(gone, ignore_errors=True)
+    )
+    monkeypatch.setattr(tier, "_anchor", _noting(tier, synced))
+    tier.make_durable(stored)
+    assert synced == [path_of(tier, stored[1]).parent]
+
+
+def _noting(tier: FileTier, synced: list[Path]) -> Callable[[Path], None]:
+    anchor = tier._anchor
+
+    def noting(folder: Path) -> None:
+        anchor(folder)
+        synced.append(folder)
+
+    return noting
 
 
 def test_durable_syncs_the_file_before_and_the_folders_after_its_name_appears(

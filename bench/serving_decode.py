@@ -10,7 +10,7 @@ from typing import Any
 
 import attrs
 from figure import Figure
-from serving_bare import BareLoop
+from bare_loop import BareLoop
 from serving_engine import ErllamaServer
 from serving_load import Ask, Prompts, tokens_per_s
 from serving_peer import LlamaServerPeer, PeerUnavailable

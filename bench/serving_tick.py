@@ -12,7 +12,7 @@ from typing import Any
 
 from figure import Figure
 from llama_cpp import llama_cpp
-from serving_bare import BareLoop
+from bare_loop import BareLoop
 from serving_engine import ErllamaServer
 from serving_load import Ask, Prompts
 from serving_sizes import Sizes

@@ -57,9 +57,7 @@ def measure(sizes: Sizes, path: Path) -> Section:
     arrives: who arrives while another computes the same beginning computes it as well.
     """
     cases = [
-        (shared, start)
-        for start in ("together", "after the first")
-        for shared in (False, True)
+        (shared, start) for start in ("together", "after the first") for shared in (False, True)
     ]
     tokens: dict[tuple[bool, str], list[float]] = {case: [] for case in cases}
     seconds: dict[tuple[bool, str], list[float]] = {case: [] for case in cases}

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import attrs
+from bare_loop import BareLoop
 from figure import Figure
 from report import Section
 from series import Axis, Plot, Series
-from serving_bare import BareLoop
 from serving_engine import ErllamaServer
 from serving_load import Ask, Prompts, tokens_per_s
 from serving_peer import LlamaServerPeer, PeerUnavailable

@@ -100,6 +100,11 @@ class Contestant:
         seconds: list[float] = self._child.do("floor", runs)
         return seconds
 
+    def stored(self) -> dict[str, int]:
+        """What it holds in its cache, in bytes; of LlamaRAMCache alone."""
+        found: dict[str, int] = self._child.do("stored")
+        return found
+
     def close(self) -> None:
         """End it, and remove what it kept."""
         self._child.close()

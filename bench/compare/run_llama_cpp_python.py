@@ -31,9 +31,10 @@ class Llama:
             verbose=False,
         )
         if cache == "ram":
-            self._llama.set_cache(llama_cpp.LlamaRAMCache())
+            self._cache = llama_cpp.LlamaRAMCache()
         else:
-            self._llama.set_cache(llama_cpp.LlamaDiskCache(str(Path(setup.root) / "diskcache")))
+            self._cache = llama_cpp.LlamaDiskCache(str(Path(setup.root) / "diskcache"))
+        self._llama.set_cache(self._cache)
         self._evaluated = 0
         evaluate = self._llama.eval
 
@@ -66,6 +67,14 @@ class Llama:
             computed_tokens=computed,
         ).plain()
 
+    def stored(self, _: Any) -> dict[str, int]:
+        """Bytes in the RAM cache: as it counts them, and with the logits that it also keeps."""
+        states = self._cache.cache_state.values()
+        return {
+            "counted": self._cache.cache_size,
+            "held": sum(s.llama_state_size + s.scores.nbytes + s.input_ids.nbytes for s in states),
+        }
+
 
 def _start(setup: dict[str, Any]) -> tuple[dict[str, Any], Commands]:
     cache = setup.pop("cache")
@@ -74,6 +83,7 @@ def _start(setup: dict[str, Any]) -> tuple[dict[str, Any], Commands]:
         "answer": llama.answer,
         "keep": lambda _: None,  # stored when a reply ends
         "recall": lambda _: None,  # found by itself
+        "stored": llama.stored,
     }
 
 

@@ -26,6 +26,7 @@ from erllama_core.cli.demo_model import fetch_demo_model
 from erllama_core.cli.demo_steps import CONTEXT_TOKENS, Setup, ask_after_restart, demo_prompt
 from erllama_core.cli.logs import configure_logs
 
+
 def measure(path: Path, pairs: int) -> dict[str, Any]:
     """All figures; times in seconds."""
     with tempfile.TemporaryDirectory(prefix="erllama-bench-") as root:

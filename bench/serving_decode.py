@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import attrs
-from figure import Figure
 from bare_loop import BareLoop
+from figure import Figure
 from serving_engine import ErllamaServer
 from serving_load import Ask, Prompts, tokens_per_s
 from serving_peer import LlamaServerPeer, PeerUnavailable

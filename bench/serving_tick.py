@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from bare_loop import BareLoop
 from figure import Figure
 from llama_cpp import llama_cpp
-from bare_loop import BareLoop
 from serving_engine import ErllamaServer
 from serving_load import Ask, Prompts
 from serving_sizes import Sizes

@@ -11,6 +11,7 @@ from typing import Any, Final, Self
 
 import attrs
 from child_process import OURS, PEERS, ChildProcess, PeerUnavailable
+
 from compare.words import Answer, Question, Setup
 
 

@@ -15,6 +15,7 @@ import llama_cpp
 import xxhash
 from bare_loop import BareLoop
 from child_loop import Commands, serve
+
 from compare.words import Answer, Question, Setup, common_tokens
 
 

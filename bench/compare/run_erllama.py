@@ -6,8 +6,8 @@ import time
 from typing import Any
 
 from child_loop import Commands, serve
-from compare.words import Answer, Question, Setup
 
+from compare.words import Answer, Question, Setup
 from erllama_core import Completion, Engine, Model, Prompt, TextDelta, load_config
 from erllama_core.cli.logs import configure_logs
 from erllama_core.prompt import pack

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from child_loop import Commands, serve
+
 from compare.words import Answer, Question, Setup
 
 

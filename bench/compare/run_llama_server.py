@@ -8,8 +8,9 @@ import time
 from typing import Any
 
 from child_loop import Commands, serve
-from compare.words import Answer, Question, Setup
 from serving_peer_child import LlamaServer
+
+from compare.words import Answer, Question, Setup
 
 
 class OneSlot:

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 import attrs
+import everything
 import pytest
 from child_process import PEERS, ChildProcess, PeerUnavailable
 from compare import judged, one_request, talks
@@ -16,10 +17,14 @@ from compare.contestants import BARE, KINDS, OWN, Contestant, Field
 from compare.samples import Sample, Samples, ratios
 from compare.sizes import QUICK
 from compare.words import common_tokens
+from figure import Figure
+from report import Section, read_json, write_json
 
 from tiny_gguf import write_tiny_gguf
 
 SCRIPT = Path(__file__).parents[1] / "bench" / "compare"
+PIECES = {piece.name: piece for piece in everything.pieces()}
+MISSED = Figure(name="too slow", measured=2.0, target=1.0)
 TINY = attrs.evolve(
     QUICK, rounds=MappingProxyType({128: 1}), talk_ctx=2048, turn_reply_tokens=4, turns=2
 )
@@ -197,3 +202,25 @@ def test_peers_take_their_turns(tiny: Path) -> None:
         assert found.get("restart", 1) == 1
         assert statistics.median(one.first_token_s for one in samples.samples) > 0
     assert samples.absent == {}
+
+
+def test_what_is_measured_is_not_measured_again(tmp_path: Path) -> None:
+    """A piece whose file is there is left alone, one that leaves none is named, all are joined."""
+    there, absent = (PIECES["requests-512"], PIECES["stall"])
+    write_json(there.file(tmp_path), [Section(name="exact", title="Exact", figures=(MISSED,))])
+    absent = attrs.evolve(absent, arguments=("--no-such-option",))
+    assert everything.measure([there, absent], tmp_path, []) == ["stall"]
+    assert everything.write([there, absent], tmp_path) == 1
+    assert "**missed**" in (tmp_path / "tables.md").read_text()
+    assert len(read_json(tmp_path / "all.json")) == 1
+
+
+def test_a_piece_of_everything_runs(tmp_path: Path) -> None:
+    """Its figures are in the results' folder, and the next call does not measure it again."""
+    command = [sys.executable, str(SCRIPT.with_name("everything.py")), "--quick"]
+    command += ["--results", str(tmp_path), "--only", "trace"]
+    for said in ("trace took", "measured already"):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert said in done.stdout
+    assert read_json(tmp_path / "trace.json")

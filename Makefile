@@ -4,6 +4,8 @@
 #   make test    what must pass before a change is accepted
 #   make fast    the same without a model
 #   make long    what takes half an hour: random crashes, property runs and soaks
+#   make bench   erllama beside others, and its own figures: an hour, piece by piece, goes on where
+#                it was interrupted; tables and plots in bench/results
 #   make bench-grammar  decoding under a JSON grammar, beside decoding without one
 #   make bench-serving  many requests at once, beside a bare loop and llama-server
 #   make bench-cache    the cache's figures beside their targets; TRACE=file replays another trace
@@ -21,7 +23,7 @@ space := $(empty) $(empty)
 export MYPYPATH := $(subst $(space),:,$(strip $(PLUGINS) tests bench))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test fast long bench-cache bench-grammar bench-serving docs lint types clean
+.PHONY: help setup demo test fast long bench bench-cache bench-grammar bench-serving docs lint types clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -44,7 +46,11 @@ fast: lint types
 long: setup
 	$(BIN)/pytest -m "crash or fuzz or soak"
 
-# Without its peer the benchmark says that it is missing, and measures the rest.
+# Without a peer the benchmarks say that it is missing, and measure the rest.
+bench: setup
+	-@$(MAKE) .venv-peers/.ready
+	$(BIN)/python bench/everything.py
+
 bench-serving: setup
 	-@$(MAKE) .venv-peers/.ready
 	$(BIN)/python bench/serving.py

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -32,7 +33,7 @@ class ChildProcess:
         self._name = module
         if not python.exists():
             raise PeerUnavailable(f"there is no {python.parent.parent.name}; make bench makes it")
-        self._said = tempfile.TemporaryFile()
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
         self._child = subprocess.Popen(
             [str(python), "-m", module],
             stdin=subprocess.PIPE,
@@ -83,10 +84,8 @@ class ChildProcess:
         assert self._child.stdout is not None
         if self._said.closed:
             return
-        try:
+        with contextlib.suppress(BrokenPipeError):  # it has ended already
             self._child.stdin.close()
-        except BrokenPipeError:
-            pass  # it has ended already
         try:
             self._child.wait(30)
         except subprocess.TimeoutExpired:

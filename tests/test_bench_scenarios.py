@@ -64,7 +64,7 @@ def test_a_chat_takes_its_tokens_once(path: Path) -> None:
     ours, least = plot.series
     assert (ours.who, ours.x) == ("erllama", (1, 2))
     assert all(stored >= needed for stored, needed in zip(ours.y, least.y, strict=True))
-    assert found(section, "of that, marks").measured < found(section, "stored").measured
+    assert found(section, "of that, marks").measured < found(section, ": stored").measured
 
 
 def test_every_length_is_restored_from_every_tier() -> None:

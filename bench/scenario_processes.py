@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import multiprocessing
 import tempfile
-import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing.synchronize import Barrier, Event
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 import attrs
 from figure import Figure
@@ -22,6 +22,7 @@ from erllama_core.cli.logs import configure_logs
 
 _READY_S = 120.0
 Start = Literal["together", "after the first"]
+STARTS: Final[tuple[Start, ...]] = ("together", "after the first")
 
 
 @attrs.frozen(kw_only=True)
@@ -46,8 +47,8 @@ class _Outcome:
 class _Signals:
     """What processes tell one another, handed over when they start."""
 
-    ready: threading.Barrier
-    first_answered: threading.Event
+    ready: Barrier
+    first_answered: Event
 
 
 def measure(sizes: Sizes, path: Path) -> Section:
@@ -56,9 +57,7 @@ def measure(sizes: Sizes, path: Path) -> Section:
     Each has one thread of the machine. A process looks for what others stored when a request
     arrives: who arrives while another computes the same beginning computes it as well.
     """
-    cases = [
-        (shared, start) for start in ("together", "after the first") for shared in (False, True)
-    ]
+    cases = [(shared, start) for start in STARTS for shared in (False, True)]
     tokens: dict[tuple[bool, str], list[float]] = {case: [] for case in cases}
     seconds: dict[tuple[bool, str], list[float]] = {case: [] for case in cases}
     for number in range(sizes.process_runs):
@@ -68,7 +67,7 @@ def measure(sizes: Sizes, path: Path) -> Section:
             begin, end = min(o.began for o in outcomes), max(o.ended for o in outcomes)
             seconds[shared, start].append(end - begin)
     figures = []
-    for start in ("together", "after the first"):
+    for start in STARTS:
         own, one = (False, start), (True, start)
         ratios = [a / b for a, b in zip(seconds[own], seconds[one], strict=True)]
         figures += [
@@ -103,7 +102,7 @@ def _run(sizes: Sizes, path: Path, *, shared: bool, start: Start) -> list[_Outco
             return list(pool.map(_serve, [setup] * sizes.processes, range(sizes.processes)))
 
 
-def _hand_over(ready: threading.Barrier, first_answered: threading.Event) -> None:
+def _hand_over(ready: Barrier, first_answered: Event) -> None:
     _Signals.ready, _Signals.first_answered = ready, first_answered
 
 

@@ -41,7 +41,9 @@ SLOW_S_PER_BYTE: Final = 1e-8
 """10 ms a read, and 100 MB/s."""
 TAIL_TOKENS: Final = 8
 """Of a question behind what is stored: with nothing to compute, the gate has no say."""
-_PREPARED_TOKENS: Final = 2048
+_PREPARED_TOKENS: Final = 256
+_WARM_UP_TOKENS: Final = 1024
+"""Longer prompts are not asked in the run that does not count."""
 
 
 class SlowTier(FileTier):
@@ -69,7 +71,7 @@ class _Times:
 
     computed: list[float] = attrs.field(factory=list)
     unsaved: list[float] = attrs.field(factory=list)
-    """Computed in a model without a cache."""
+    """Computed in a model without a cache; of the tiny model alone, the other takes its time."""
     restored: dict[str, list[float]] = attrs.field(factory=lambda: {tier: [] for tier in TIERS})
     gated: dict[str, list[float]] = attrs.field(factory=lambda: {tier: [] for tier in TIERS})
     withheld: dict[str, int] = attrs.field(factory=dict)
@@ -81,7 +83,7 @@ def measure(sizes: Sizes, path: Path, which: str) -> Section:
         if which == "tiny":
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="erllama-bench-"))
             path = write_tiny_gguf(Path(folder) / "tiny.gguf", says="text")
-        times = _measure(sizes, path)
+        times = _measure(sizes, path, which)
     return Section(
         name=f"recompute-{which}",
         title=f"Restoring against computing, {which} model",
@@ -90,21 +92,22 @@ def measure(sizes: Sizes, path: Path, which: str) -> Section:
     )
 
 
-def _measure(sizes: Sizes, path: Path) -> dict[int, _Times]:
+def _measure(sizes: Sizes, path: Path, which: str) -> dict[int, _Times]:
     times = {length: _Times() for length in sizes.lengths}
     n_ctx = max(*sizes.lengths, _PREPARED_TOKENS) + TAIL_TOKENS + 64
-    with _models(path, n_ctx) as (engine, models):
+    with _models(path, n_ctx, unsaved=which == "tiny") as (engine, models):
         prompts = Prompts(models["all"].tokenize)
         # What computing takes is to be known to the gates, as it is in a service.
-        for number, model in enumerate(models.values()):
+        for number in range(9):
+            model = models[f"{list(TIERS)[number % 3]} gated"]
             model.complete(prompts.ledger(number, _PREPARED_TOKENS), response_tokens=1)
-            engine.flush()
         for number in range(sizes.recompute_runs + 1):
             for place, (length, of) in enumerate(times.items()):
-                engine.cache.gc()
-                stored = prompts.ledger(10 + place + 10 * number, length - TAIL_TOKENS)
-                into = of if number else _Times()  # the first run is a warm-up
-                _round(engine, models, prompts, stored, into)
+                if number or length <= _WARM_UP_TOKENS:
+                    engine.cache.flush()
+                    engine.cache.gc()
+                    stored = prompts.ledger(10 + place + 10 * number, length - TAIL_TOKENS)
+                    _round(engine, models, prompts, stored, of if number else _Times())
     return times
 
 
@@ -129,14 +132,15 @@ def _round(
         return stats.first_token_s or 0.0
 
     times.computed.append(ask("all", 0))
-    times.unsaved.append(ask("none", 0))
+    if "none" in models:
+        times.unsaved.append(ask("none", 0))
     for number, tier in enumerate(TIERS):
         times.restored[tier].append(ask(tier, 1 + 2 * number))
         times.gated[tier].append(ask(f"{tier} gated", 2 + 2 * number))
 
 
 @contextlib.contextmanager
-def _models(path: Path, n_ctx: int) -> Iterator[tuple[Engine, dict[str, Model]]]:
+def _models(path: Path, n_ctx: int, *, unsaved: bool) -> Iterator[tuple[Engine, dict[str, Model]]]:
     """One that saves to all tiers, one without any, and two that read from each of them."""
     host = PluginHost()
     host.register(_Plugin())
@@ -158,7 +162,9 @@ def _models(path: Path, n_ctx: int) -> Iterator[tuple[Engine, dict[str, Model]]]
                     context_opts={"n_ctx": n_ctx, "resident_cells_max": 0},
                 )
 
-            models = {"all": load("all", list(TIERS), "off"), "none": load("none", [], "off")}
+            models = {"all": load("all", list(TIERS), "off")}
+            if unsaved:
+                models["none"] = load("none", [], "off")
             for tier in TIERS:
                 models[tier] = load(tier, [tier], "off")
                 models[f"{tier} gated"] = load(f"{tier} gated", [tier], "auto")
@@ -166,20 +172,26 @@ def _models(path: Path, n_ctx: int) -> Iterator[tuple[Engine, dict[str, Model]]]
 
 
 def _figures(length: int, times: _Times) -> list[Figure]:
-    figures = [
-        _ms(f"{length:,} tokens: computed", times.computed),
-        _ms("    computed, nothing saved", times.unsaved),
-    ]
+    figures = [_ms(f"{length:,} tokens: computed", times.computed)]
+    if times.unsaved:
+        figures.append(_ms("    computed, nothing saved", times.unsaved))
     for tier, words in TIERS.items():
         restored, gated = times.restored[tier], times.gated[tier]
         ratios = [a / b for a, b in zip(times.computed, restored, strict=True)]
         better = min(statistics.median(restored), statistics.median(times.computed))
         figures += [
             _ms(f"    restored from {words}", restored),
-            Figure.of_runs("        sooner than computed by", ratios, unit="times", digits=2),
-            _ms(f"        with the gate, which left {times.withheld.get(tier, 0)} tokens", gated),
             Figure.of_runs(
-                "        with the gate, against the better of both",
+                f"        {words}: sooner than computed by", ratios, unit="times", digits=2
+            ),
+            Figure(
+                name=f"        {words}: tokens that the gate had computed instead",
+                measured=times.withheld.get(tier, 0),
+                digits=0,
+            ),
+            _ms(f"        {words}: with the gate", gated),
+            Figure.of_runs(
+                f"        {words}: with the gate, against the better of both",
                 [one / better for one in gated],
                 digits=2,
             ),

@@ -20,10 +20,10 @@ class Sizes:
     """Of the documents: how many are also asked without a cache."""
 
     processes: int = 4
-    shared_tokens: int = 1000
+    shared_tokens: int = 800
     """What all prompts of all processes begin with."""
     own_tokens: int = 64
-    asks: int = 3
+    asks: int = 2
     """Of each process, one after the other."""
     process_runs: int = 3
 

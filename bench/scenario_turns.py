@@ -26,7 +26,7 @@ def kv_bytes_per_token(path: Path) -> int:
     model = llama_cpp.llama_model_load_from_file(
         str(path).encode(), llama_cpp.llama_model_default_params()
     )
-    width = llama_cpp.llama_model_n_embd(model) // llama_cpp.llama_model_n_head(model)
+    width: int = llama_cpp.llama_model_n_embd(model) // llama_cpp.llama_model_n_head(model)
     width *= llama_cpp.llama_model_n_head_kv(model)
     layers: int = llama_cpp.llama_model_n_layer(model)
     llama_cpp.llama_model_free(model)

@@ -144,14 +144,14 @@ def measure(sizes: Sizes, path: Path) -> Section:
     ]
     x = tuple(map(float, capacities))
     plot = Plot(
-        name="hit-ratio-against-capacity",
+        name="hit_ratio_against_capacity",
         title="Hits on recorded requests",
         x=Axis("capacity", "blocks of 512 tokens", "log"),
         y=Axis("hit ratio"),
         series=(
-            Series(who="without a limit", x=x, y=(limit,) * len(x)),
             Series(who="erllama", x=x, y=tuple(ours)),
             Series(who="plain LRU", x=x, y=tuple(lru)),
+            Series(who="without a limit", x=x, y=(limit,) * len(x)),
         ),
     )
     return Section(

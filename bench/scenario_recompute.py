@@ -205,7 +205,7 @@ def _plot(which: str, times: dict[int, _Times]) -> Plot:
         runs = [(n, _in_ms(of.restored[tier])) for n, of in times.items()]
         curves.append(Series.of_runs(f"from {words}", runs))
     return Plot(
-        name=f"restore-against-recompute-{which}",
+        name=f"restore_against_recompute_{which}",
         title=f"Restoring against computing, {which} model",
         x=Axis("prompt length", "tokens", "log"),
         y=Axis("first token", "ms", "log"),

@@ -108,7 +108,7 @@ def measure(sizes: Sizes, path: Path) -> Section:
         figures=tuple(figures),
         plots=(
             Plot(
-                name="bytes-stored-against-turns",
+                name="bytes_stored_against_turns",
                 title="Stored state of one chat",
                 x=Axis("turns"),
                 y=Axis("stored", "MB"),

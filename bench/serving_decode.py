@@ -183,7 +183,7 @@ def _plot(shared: bool, ours: Rates, bare: Rates, peer: Rates) -> Plot:
             if runs:
                 curves.append(Series.of_runs(f"{who}, {_cells(unified)}", runs))
     return Plot(
-        name=f"throughput-against-streams-{'shared' if shared else 'own'}",
+        name=f"throughput_against_streams_{'shared' if shared else 'own'}",
         title=f"Throughput, {_contexts(shared)}",
         x=Axis("streams"),
         y=Axis("of all streams", "tokens/s"),

@@ -69,24 +69,13 @@ def joined(sections: Iterable[Section]) -> list[Section]:
     return list(found.values())
 
 
-def show(sections: Iterable[Section]) -> None:
-    """Print what was measured, a figure a line, below the names of the sections."""
-    for section in sections:
-        print(section.name)
-        _show(section)
-
-
-def _show(section: Section) -> None:
+def show(section: Section) -> None:
+    """Print what was measured, a figure a line."""
     for figure in section.figures:
         print(figure)
     for note in section.notes:
         print(f"  {note}")
     sys.stdout.flush()
-
-
-def missed(sections: Iterable[Section]) -> int:
-    """How many targets were not reached."""
-    return sum(not figure.is_met for section in sections for figure in section.figures)
 
 
 def run(
@@ -101,12 +90,12 @@ def run(
         began = time.perf_counter()
         done.append(measure(name))
         print(f"{name} ({time.perf_counter() - began:.0f} s)")
-        _show(done[-1])
+        show(done[-1])
         if json_path is not None:
             write_json(json_path, done)
-    count = missed(done)
-    print(f"{count} targets missed" if count else "all targets reached")
-    return 1 if count and not quick else 0
+    missed = sum(not figure.is_met for section in done for figure in section.figures)
+    print(f"{missed} targets missed" if missed else "all targets reached")
+    return 1 if missed and not quick else 0
 
 
 # ---------------------------------------------------------------------- JSON
@@ -210,7 +199,9 @@ def main() -> int:
     if arguments.plots is not None:
         write_plots(arguments.plots, sections)
     if arguments.markdown is None and arguments.json is None and arguments.plots is None:
-        show(sections)
+        for section in sections:
+            print(section.title)
+            show(section)
     return 0
 
 

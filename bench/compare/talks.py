@@ -29,6 +29,9 @@ STEPS: Final = (
 )
 """Of the agent loop."""
 
+_Known = dict[str, list[tuple[int, ...]]]
+"""The contexts that each contestant has had, of other conversations too: they begin alike."""
+
 _SUBJECTS: Final = (
     "harbour",
     "lighthouse",
@@ -56,8 +59,9 @@ def measure(
         Texts(path) as texts,
         field(path, names, n_ctx=sizes.talk_ctx, threads=threads) as everybody,
     ):
+        known: _Known = {}
         for number in range(first, first + rounds):
-            turn = _Turn(texts, scenarios, number, sizes)
+            turn = _Turn(texts, scenarios, number, sizes, known)
             everybody.each(number, turn)
             samples.add(turn.samples, everybody.absent)
 
@@ -65,16 +69,25 @@ def measure(
 class _Turn:
     """The conversations that each of them holds in a round."""
 
-    def __init__(self, texts: Texts, scenarios: Collection[str], number: int, sizes: Sizes) -> None:
+    def __init__(
+        self,
+        texts: Texts,
+        scenarios: Collection[str],
+        number: int,
+        sizes: Sizes,
+        known: _Known,
+    ) -> None:
         self._texts = texts
         self._scenarios = [name for name in TITLES if name in scenarios]
         self._number = number
         self._sizes = sizes
+        self._known = known
         self.samples: list[Sample] = []
 
     def __call__(self, contestant: Contestant) -> None:
+        known = self._known.setdefault(contestant.kind.name, [])
         for scenario in self._scenarios:
-            talk = _Talk(contestant, self._texts, scenario, self._number, self._sizes)
+            talk = _Talk(contestant, self._texts, scenario, self._number, self._sizes, known)
             if scenario == CHAT:
                 _chat(talk)
             else:
@@ -86,12 +99,18 @@ class _Talk:
     """One conversation with one contestant, whose own replies are its history."""
 
     def __init__(
-        self, contestant: Contestant, texts: Texts, scenario: str, number: int, sizes: Sizes
+        self,
+        contestant: Contestant,
+        texts: Texts,
+        scenario: str,
+        number: int,
+        sizes: Sizes,
+        contexts: list[tuple[int, ...]],
     ) -> None:
         self._contestant = contestant
         self._texts = texts
         self._scenario = scenario
-        self._contexts: list[tuple[int, ...]] = []
+        self._contexts = contexts
         self.number: Final = number
         self.sizes: Final = sizes
         self.samples: list[Sample] = []

@@ -5,6 +5,8 @@
 #   make fast    the same without a model
 #   make long    what takes half an hour: random crashes, property runs and soaks
 #   make fuzz    foreign bytes into every reader, five minutes; SECONDS=3600 takes longer
+#   make bench   erllama beside others, and its own figures: an hour, piece by piece, goes on where
+#                it was interrupted; tables and plots in bench/results
 #   make bench-grammar  decoding under a JSON grammar, beside decoding without one
 #   make bench-serving  many requests at once, beside a bare loop and llama-server
 #   make bench-cache    the cache's figures beside their targets; TRACE=file replays another trace
@@ -24,8 +26,8 @@ space := $(empty) $(empty)
 export MYPYPATH := $(subst $(space),:,$(strip $(PLUGINS) tests bench fuzz))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test fast long fuzz bench-cache bench-grammar bench-serving bench-snapshots \
-        torture docs lint types clean
+.PHONY: help setup demo test fast long fuzz bench bench-cache bench-grammar bench-serving \
+        bench-snapshots torture docs lint types clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -54,7 +56,11 @@ fuzz: setup
 	    --disable-pip-version-check --only-binary atheris 'atheris>=3'
 	$(BIN)/python fuzz/driver.py --seconds $(or $(SECONDS),300) $(if $(SEED),--seed $(SEED)) $(TARGETS)
 
-# Without its peer the benchmark says that it is missing, and measures the rest.
+# Without a peer the benchmarks say that it is missing, and measure the rest.
+bench: setup
+	-@$(MAKE) .venv-peers/.ready
+	$(BIN)/python bench/everything.py
+
 bench-serving: setup
 	-@$(MAKE) .venv-peers/.ready
 	$(BIN)/python bench/serving.py

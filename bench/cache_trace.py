@@ -15,6 +15,8 @@ from typing import Final
 import attrs
 from cache_sizes import Sizes
 from figure import Figure
+from report import Section
+from series import Axis, Plot, Series
 
 from erllama_core import Cache, NamedTier
 from erllama_core.cache.index import Entry
@@ -117,24 +119,44 @@ def plain_lru(requests: list[Request], capacity: int) -> float:
     return hits / sum(len(request.blocks) for request in requests)
 
 
-def measure(sizes: Sizes, path: Path) -> list[Figure]:
+def measure(sizes: Sizes, path: Path) -> Section:
     """The hit ratio at every capacity beside plain LRU's."""
     requests = read_trace(path, sizes.trace_requests)
+    limit = replay(requests, None)
     figures = [
         Figure(name=f"{path.name}: requests", measured=len(requests), digits=0),
-        Figure(name="    hit ratio without a limit", measured=replay(requests, None), digits=4),
+        Figure(name="    hit ratio without a limit", measured=limit, digits=4),
     ]
     distinct = len({block for request in requests for block in request.blocks})
-    for capacity in CAPACITIES:
-        figures.append(
-            Figure(
-                name=f"    hit ratio with {capacity:,} blocks, against plain LRU",
-                measured=replay(requests, capacity),
-                target=plain_lru(requests, capacity),
-                bound="at least",
-                digits=4,
-            )
+    capacities = [n for n in CAPACITIES if n < distinct]
+    capacities += [n for n in CAPACITIES if n >= distinct][:1]  # more is without a limit
+    ours = [replay(requests, capacity) for capacity in capacities]
+    lru = [plain_lru(requests, capacity) for capacity in capacities]
+    figures += [
+        Figure(
+            name=f"    hit ratio with {capacity:,} blocks, against plain LRU",
+            measured=ratio,
+            target=target,
+            bound="at least",
+            digits=4,
         )
-        if capacity >= distinct:
-            break  # more is without a limit
-    return figures
+        for capacity, ratio, target in zip(capacities, ours, lru, strict=True)
+    ]
+    x = tuple(map(float, capacities))
+    plot = Plot(
+        name="hit_ratio_against_capacity",
+        title="Hits on recorded requests",
+        x=Axis("capacity", "blocks of 512 tokens", "log"),
+        y=Axis("hit ratio"),
+        series=(
+            Series(who="erllama", x=x, y=tuple(ours)),
+            Series(who="plain LRU", x=x, y=tuple(lru)),
+            Series(who="without a limit", x=x, y=(limit,) * len(x)),
+        ),
+    )
+    return Section(
+        name="trace",
+        title="Hit ratio on a public trace",
+        figures=tuple(figures),
+        plots=(plot,),
+    )

@@ -87,7 +87,7 @@ def _curve(axes: Any, series: Series, look: tuple[str, str, Any]) -> None:
 
 
 def _scale(axes: Any, which: str, axis: Axis, series: tuple[Series, ...]) -> None:
-    from matplotlib.ticker import FuncFormatter, NullFormatter
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
     getattr(axes, f"set_{which}label")(str(axis))
     ticks = getattr(axes, f"{which}axis")
@@ -99,6 +99,8 @@ def _scale(axes: Any, which: str, axis: Axis, series: tuple[Series, ...]) -> Non
         if 0 < len(values) <= 10:
             ticks.set_ticks(values)  # where something was measured
             ticks.set_ticks([], minor=True)
+        elif axis.scale == "linear" and all(float(x).is_integer() for x in values):
+            ticks.set_major_locator(MaxNLocator(integer=True))  # there is no half turn
     elif axis.scale == "linear":
         axes.set_ylim(bottom=0)  # a ratio that looks large is large
     ticks.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))

@@ -12,7 +12,6 @@ process, from disk, with a warm page cache.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import statistics
 import tempfile
@@ -20,59 +19,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import llama_cpp
-import numpy as np
+from bare_loop import BareLoop
 
 from erllama_core import Engine, Model, Prompt, load_config
 from erllama_core.cli.demo_model import fetch_demo_model
 from erllama_core.cli.demo_steps import CONTEXT_TOKENS, Setup, ask_after_restart, demo_prompt
 from erllama_core.cli.logs import configure_logs
-
-SLICE_TOKENS = 512
-"""What the engine computes at a time by default: a quarter of n_batch."""
-
-
-class BareLoop:
-    """``llama_decode`` and nothing else, with the context parameters of the engine's model."""
-
-    def __init__(self, path: Path, n_threads: int) -> None:
-        self._model = llama_cpp.llama_model_load_from_file(
-            str(path).encode(), llama_cpp.llama_model_default_params()
-        )
-        params = llama_cpp.llama_context_default_params()
-        params.n_ctx, params.n_batch, params.n_ubatch = CONTEXT_TOKENS, 2048, 512
-        params.n_seq_max, params.kv_unified = 2, True
-        params.n_threads = params.n_threads_batch = n_threads
-        self._context = llama_cpp.llama_init_from_model(self._model, params)
-        self._batch = llama_cpp.llama_batch_init(SLICE_TOKENS, 0, 1)
-
-    def run(self, prompt: Prompt) -> float:
-        """Seconds to compute the prompt and to read its last logits."""
-        tokens = np.frombuffer(prompt.packed, dtype="<i4")
-        memory = llama_cpp.llama_get_memory(self._context)
-        llama_cpp.llama_memory_clear(memory, False)
-        seconds = 0.0
-        for start in range(0, len(tokens), SLICE_TOKENS):
-            part = tokens[start : start + SLICE_TOKENS]
-            batch, n = self._batch, len(part)
-            batch.n_tokens = n
-            ctypes.memmove(batch.token, part.ctypes.data, 4 * n)
-            for i in range(n):
-                batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0] = start + i, 1, 0
-                batch.logits[i] = start + i == len(tokens) - 1
-            began = time.perf_counter()
-            if llama_cpp.llama_decode(self._context, batch):
-                raise RuntimeError("llama_decode failed")
-            if start + n == len(tokens):
-                llama_cpp.llama_get_logits_ith(self._context, -1)
-            seconds += time.perf_counter() - began
-        return seconds
-
-    def close(self) -> None:
-        """Free the context and the weights."""
-        llama_cpp.llama_batch_free(self._batch)
-        llama_cpp.llama_free(self._context)
-        llama_cpp.llama_model_free(self._model)
 
 
 def measure(path: Path, pairs: int) -> dict[str, Any]:
@@ -89,7 +41,9 @@ def measure(path: Path, pairs: int) -> dict[str, Any]:
                 context_opts={"n_ctx": CONTEXT_TOKENS, "resident_cells_max": 0},
             )
             prompt = demo_prompt(model)
-            figures = _pairs(engine, model, prompt, BareLoop(path, _threads()), pairs)
+            # Two sequences and one pool of cells, as the engine's model has them.
+            with BareLoop(path, unified=True, n_ctx=CONTEXT_TOKENS // 2, n_seq=2) as bare:
+                figures = _pairs(engine, model, prompt, bare, pairs)
             # Without a salt, for the new process to find.
             model.complete(prompt, response_tokens=1)
             engine.flush()
@@ -110,7 +64,8 @@ def _pairs(
     engine: Engine, model: Model, prompt: Prompt, bare: BareLoop, pairs: int
 ) -> dict[str, Any]:
     cold, loop, exact = [], [], []
-    bare.run(prompt)
+    tokens = list(prompt)
+    bare.prefill(tokens)
     for number in range(pairs + 1):
         salt = f"pair {number}"
         began = time.perf_counter()
@@ -123,12 +78,11 @@ def _pairs(
         engine.flush()
         # As in a service whose tiers are full: what is saved next finds pages that are mapped.
         engine.cache.evict_bytes(1 << 62)
-        seconds = bare.run(prompt)
+        seconds = bare.prefill(tokens)
         if number:  # the first pair is a warm-up
             cold.append(first.first_token_s or 0.0)
             exact.append(again.first_token_s or 0.0)
             loop.append(seconds)
-    bare.close()
     ratios = sorted(b / c for b, c in zip(loop, cold, strict=True))
     return {
         "pairs": pairs,
@@ -138,13 +92,6 @@ def _pairs(
         "speed_of_bare_loop_min_max": (ratios[0], ratios[-1]),
         "exact_first_token_s": statistics.median(exact),
     }
-
-
-def _threads() -> int:
-    """As many as the backend takes by default."""
-    from erllama_backend_llama.context_params import default_threads
-
-    return default_threads()
 
 
 def main() -> None:

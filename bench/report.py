@@ -13,7 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -68,20 +69,33 @@ def joined(sections: Iterable[Section]) -> list[Section]:
     return list(found.values())
 
 
-def show(sections: Iterable[Section]) -> None:
-    """Print the figures, as every benchmark does."""
-    for section in sections:
-        print(section.name)
-        for figure in section.figures:
-            print(figure)
-        for note in section.notes:
-            print(f"    {note}")
+def show(section: Section) -> None:
+    """Print what was measured, a figure a line."""
+    for figure in section.figures:
+        print(figure)
+    for note in section.notes:
+        print(f"  {note}")
     sys.stdout.flush()
 
 
-def missed(sections: Iterable[Section]) -> int:
-    """How many targets were not reached."""
-    return sum(not figure.is_met for section in sections for figure in section.figures)
+def run(
+    names: Iterable[str], measure: Callable[[str], Section], json_path: Path | None, *, quick: bool
+) -> int:
+    """Measure sections one after another, print them, write what there is after each.
+
+    The exit code: 1 when a target was missed, but not of quick runs, which measure nothing.
+    """
+    done: list[Section] = []
+    for name in names:
+        began = time.perf_counter()
+        done.append(measure(name))
+        print(f"{name} ({time.perf_counter() - began:.0f} s)")
+        show(done[-1])
+        if json_path is not None:
+            write_json(json_path, done)
+    missed = sum(not figure.is_met for section in done for figure in section.figures)
+    print(f"{missed} targets missed" if missed else "all targets reached")
+    return 1 if missed and not quick else 0
 
 
 # ---------------------------------------------------------------------- JSON
@@ -185,7 +199,9 @@ def main() -> int:
     if arguments.plots is not None:
         write_plots(arguments.plots, sections)
     if arguments.markdown is None and arguments.json is None and arguments.plots is None:
-        show(sections)
+        for section in sections:
+            print(section.title)
+            show(section)
     return 0
 
 

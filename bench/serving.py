@@ -4,15 +4,14 @@
                             [--model FILE] [--json FILE] [--quick]
 
 Everybody has the same model file, threads, context and greedy sampling, and they take turns.
-Figures are medians, with the least and the most of the runs in brackets.
+Figures are medians, with the least and the most of the runs in brackets. ``report.py`` joins
+JSON of several runs, and makes tables and plots of it.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,15 +20,13 @@ import serving_burst
 import serving_decode
 import serving_stall
 import serving_tick
-from figure import Figure
+from report import Section, run
 from serving_sizes import QUICK, Sizes
 
 from erllama_core.cli.demo_model import fetch_demo_model
 from erllama_core.cli.logs import configure_logs
 
-Section = Callable[[Sizes, Path, tuple[bool, ...]], list[Figure]]
-
-SECTIONS: dict[str, Section] = {
+SECTIONS: dict[str, Callable[[Sizes, Path, tuple[bool, ...]], Section]] = {
     "burst": serving_burst.measure,
     "decode": serving_decode.measure,
     "stall": lambda sizes, path, _: serving_stall.measure(sizes, path),
@@ -45,7 +42,7 @@ def main() -> int:
     parser.add_argument("--cells", nargs="+", choices=CELLS, default=list(CELLS))
     parser.add_argument("--streams", nargs="+", type=int, help="numbers of streams that decode")
     parser.add_argument("--model", type=Path, help="a GGUF file instead of the demo model")
-    parser.add_argument("--json", type=Path, help="write the figures to this file as well")
+    parser.add_argument("--json", type=Path, help="write all of it to this file as well")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run at all?")
     arguments = parser.parse_args()
     configure_logs()
@@ -54,25 +51,12 @@ def main() -> int:
         sizes = attrs.evolve(sizes, streams=tuple(arguments.streams))
     path = arguments.model or fetch_demo_model()
     modes = tuple(CELLS[name] for name in arguments.cells)
-    measured: dict[str, list[Figure]] = {}
-    for name in arguments.only:
-        began = time.perf_counter()
-        measured[name] = SECTIONS[name](sizes, path, modes)
-        print(f"{name} ({time.perf_counter() - began:.0f} s)")
-        for figure in measured[name]:
-            print(figure, flush=True)
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(_plain(measured), indent=2) + "\n", "utf-8")
-    missed = sum(not figure.is_met for figures in measured.values() for figure in figures)
-    print(f"{missed} targets missed" if missed else "all targets reached")
-    return 1 if missed and not arguments.quick else 0
-
-
-def _plain(measured: dict[str, list[Figure]]) -> dict[str, list[dict[str, object]]]:
-    return {
-        name: [{**attrs.asdict(figure), "is_met": figure.is_met} for figure in figures]
-        for name, figures in measured.items()
-    }
+    return run(
+        arguments.only,
+        lambda name: SECTIONS[name](sizes, path, modes),
+        arguments.json,
+        quick=arguments.quick,
+    )
 
 
 if __name__ == "__main__":

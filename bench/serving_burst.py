@@ -6,6 +6,7 @@ import statistics
 from pathlib import Path
 
 from figure import Figure
+from report import Section
 from serving_engine import ErllamaServer
 from serving_load import Ask, Prompts, Reply, all_done_s
 from serving_peer import LlamaServerPeer, PeerUnavailable
@@ -14,15 +15,21 @@ from serving_sizes import Sizes
 TIMES_SOONER = 5.0
 
 
-def measure(sizes: Sizes, path: Path, modes: tuple[bool, ...]) -> list[Figure]:
+def measure(sizes: Sizes, path: Path, modes: tuple[bool, ...]) -> Section:
     """For each mode of cells, ours beside llama-server in the same one."""
     figures: list[Figure] = []
+    notes: list[str] = []
     for unified in modes:
-        figures += _measure(sizes, path, unified=unified)
-    return figures
+        figures += _measure(sizes, path, notes, unified=unified)
+    return Section(
+        name="burst",
+        title="Requests that arrive together and begin alike",
+        figures=tuple(figures),
+        notes=tuple(notes),
+    )
 
 
-def _measure(sizes: Sizes, path: Path, *, unified: bool) -> list[Figure]:
+def _measure(sizes: Sizes, path: Path, notes: list[str], *, unified: bool) -> list[Figure]:
     mode = "unified" if unified else "separate"
     n_ctx = sizes.context_tokens + sizes.tail_tokens + sizes.burst_reply_tokens + 1
     ours: list[list[Reply]] = []
@@ -40,7 +47,8 @@ def _measure(sizes: Sizes, path: Path, *, unified: bool) -> list[Figure]:
             ours = [server.ask(_asks(sizes, server.prompts, n)) for n in range(sizes.burst_runs)]
     figures = [_times(f"{mode}: {sizes.burst} requests with one prefix, all done", ours)]
     if absent:
-        return [*figures, Figure(name=f"    llama-server was not measured: {absent}", measured=0)]
+        notes.append(f"llama-server was not measured: {absent}")
+        return figures
     ratios = [all_done_s(b) / all_done_s(a) for a, b in zip(ours, theirs, strict=True)]
     return [
         *figures,

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import attrs
+from bare_loop import BareLoop
 from figure import Figure
-from serving_bare import BareLoop
+from report import Section
+from series import Axis, Plot, Series
 from serving_engine import ErllamaServer
 from serving_load import Ask, Prompts, tokens_per_s
 from serving_peer import LlamaServerPeer, PeerUnavailable
@@ -48,7 +50,7 @@ class _Contexts:
         return (self.shared if case.shared else self.own)[: case.streams]
 
 
-def measure(sizes: Sizes, path: Path, modes: tuple[bool, ...]) -> list[Figure]:
+def measure(sizes: Sizes, path: Path, modes: tuple[bool, ...]) -> Section:
     """Rounds in which everybody takes a turn at each case."""
     n_ctx = sizes.context_tokens + sizes.tail_tokens + sizes.decode_steps + _WARM_UP_STEPS + 1
     shape: Any = {"n_ctx": n_ctx, "n_seq": max(sizes.streams)}
@@ -87,10 +89,16 @@ def measure(sizes: Sizes, path: Path, modes: tuple[bool, ...]) -> list[Figure]:
                     for case in cases:
                         if case.unified == unified:
                             _note(bare, case, _bare(loop, contexts, case, sizes))
-    figures = [_against_bare(case, ours, bare) for case in cases]
-    if absent:
-        return [*figures, Figure(name=f"    llama-server was not measured: {absent}", measured=0)]
-    return figures + _against_peer(sizes, modes, ours, peer)
+    figures = _against_bare(cases, ours, bare)
+    if not absent:
+        figures += _against_peer(sizes, modes, ours, peer)
+    return Section(
+        name="decode",
+        title="Throughput of streams that run together",
+        figures=tuple(figures),
+        plots=tuple(_plot(shared, ours, bare, peer) for shared in (True, False)),
+        notes=(f"llama-server was not measured: {absent}",) if absent else (),
+    )
 
 
 def _note(rates: Rates, case: Case, rate: float) -> None:
@@ -129,14 +137,11 @@ def _bare(loop: BareLoop, contexts: _Contexts, case: Case, sizes: Sizes) -> floa
     return case.streams * done.steps / done.seconds
 
 
-def _against_bare(case: Case, ours: Rates, bare: Rates) -> Figure:
-    rate = statistics.median(bare[case])
-    return Figure.of_runs(
-        f"{_words(case)}: of the bare loop's {rate:.1f} tokens/s",
-        [a / b for a, b in zip(ours[case], bare[case], strict=True)],
-        target=TARGET,
-        bound="at least",
-    )
+def _against_bare(cases: Sequence[Case], ours: Rates, bare: Rates) -> list[Figure]:
+    figures = []
+    for case in cases:
+        figures += _compared(f"{_words(case)}: of the bare loop", ours[case], bare[case])
+    return figures
 
 
 def _against_peer(sizes: Sizes, modes: tuple[bool, ...], ours: Rates, peer: Rates) -> list[Figure]:
@@ -145,22 +150,54 @@ def _against_peer(sizes: Sizes, modes: tuple[bool, ...], ours: Rates, peer: Rate
         for streams in sizes.streams:
             theirs = {u: peer[Case(u, False, streams)] for u in modes}
             better = max(modes, key=lambda u: statistics.median(theirs[u]))
-            mode = "unified" if better else "separate"
-            rate = statistics.median(theirs[better])
             for unified in modes:
                 case = Case(unified, shared, streams)
-                figures.append(
-                    Figure.of_runs(
-                        f"{_words(case)}: of llama-server's {rate:.1f} tokens/s, {mode}",
-                        [a / b for a, b in zip(ours[case], theirs[better], strict=True)],
-                        target=TARGET,
-                        bound="at least",
-                    )
-                )
+                name = f"{_words(case)}: of llama-server, {_cells(better)}"
+                figures += _compared(name, ours[case], theirs[better])
     return figures
 
 
+def _compared(name: str, ours: list[float], theirs: list[float]) -> list[Figure]:
+    """The ratio of each round, and the rate that it is a part of."""
+    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+    return [
+        Figure.of_runs(name, ratios, target=TARGET, bound="at least"),
+        Figure.of_runs("    which makes", theirs, unit="tokens/s", digits=1),
+    ]
+
+
+def _plot(shared: bool, ours: Rates, bare: Rates, peer: Rates) -> Plot:
+    """Each rate that was measured for such contexts; llama-server has its own in both."""
+    curves = []
+    for who, rates, theirs in (
+        ("erllama", ours, shared),
+        ("bare loop", bare, shared),
+        ("llama-server", peer, False),
+    ):
+        for unified in (True, False):
+            runs = [
+                (case.streams, values)
+                for case, values in rates.items()
+                if (case.unified, case.shared) == (unified, theirs)
+            ]
+            if runs:
+                curves.append(Series.of_runs(f"{who}, {_cells(unified)}", runs))
+    return Plot(
+        name=f"throughput_against_streams_{'shared' if shared else 'own'}",
+        title=f"Throughput, {_contexts(shared)}",
+        x=Axis("streams"),
+        y=Axis("of all streams", "tokens/s"),
+        series=tuple(curves),
+    )
+
+
 def _words(case: Case) -> str:
-    cells = "unified" if case.unified else "separate"
-    contexts = "shared prefix" if case.shared else "own contexts"
-    return f"{cells}, {contexts}, {case.streams} streams"
+    return f"{_cells(case.unified)}, {_contexts(case.shared)}, {case.streams} streams"
+
+
+def _cells(unified: bool) -> str:
+    return "unified" if unified else "separate"
+
+
+def _contexts(shared: bool) -> str:
+    return "shared prefix" if shared else "own contexts"

@@ -1,20 +1,18 @@
 """llama-server, run by xllamacpp in a process and an environment of its own.
 
-Reads lines of JSON from standard input and answers each on standard output; what the server
-itself prints goes to standard error. The first line says how to start it, see ``serving_peer``.
+Its commands come by ``child_loop``; ``serving_peer`` and ``compare`` say how to start it.
 """
 
 from __future__ import annotations
 
 import importlib
 import json
-import os
-import sys
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
+from child_loop import Commands, serve
 from serving_load import Ask, run_at_once
 
 
@@ -46,42 +44,51 @@ class LlamaServer:
         ]
 
     def _answer(self, ask: Ask) -> list[float]:
+        times, _, end = self.complete(ask.tokens, ask.reply_tokens, ask.slot)
+        if len(times) != ask.reply_tokens:
+            raise RuntimeError(f"{len(times)} tokens came, then {end[-500:]!r}")
+        return times
+
+    def complete(
+        self, tokens: Sequence[int], reply_tokens: int, slot: int | None = None
+    ) -> tuple[list[float], list[bytes], bytes]:
+        """When tokens came, their events, and the last event, which says how it went."""
         body: dict[str, Any] = {
-            "prompt": ask.tokens,
-            "n_predict": ask.reply_tokens,
+            "prompt": tokens,
+            "n_predict": reply_tokens,
             "temperature": 0.0,
             "samplers": ["temperature"],
             "stream": True,
             "cache_prompt": True,
         }
-        if ask.slot is not None:
-            body["id_slot"] = ask.slot
+        if slot is not None:
+            body["id_slot"] = slot
         times: list[float] = []
+        events: list[bytes] = []
         end = b""
 
         def take(event: bytes) -> bool:
-            # The last event has no token, but how it went.
             nonlocal end
             if b'"finish_reason":null' in event:
                 times.append(time.monotonic())
+                events.append(event)
             else:
                 end = event
             return False
 
         self._server.handle_completions(json.dumps(body).encode(), take)
-        if len(times) != ask.reply_tokens:
-            raise RuntimeError(f"{len(times)} tokens came, then {end[-500:]!r}")
-        return times
+        return times, events, end
 
     def spread_slot(self, n_slots: int) -> None:
         """Give slots 1 to ``n_slots`` - 1 the state of slot 0, and empty all others."""
-        self._slot(0, "save")
+        self.slot(0, "save")
         for slot in range(1, self._n_seq):
-            self._slot(slot, "erase")
+            self.slot(slot, "erase")
         for slot in range(1, n_slots):
-            self._slot(slot, "restore")
+            self.slot(slot, "restore")
 
-    def _slot(self, slot: int, action: str) -> None:
+    def slot(self, slot: int, action: str) -> None:
+        """Have a slot's state saved, restored or erased: a file in the folder of the setup."""
         request = urllib.request.Request(
             f"{self._server.listening_address}/slots/{slot}?action={action}",
             data=json.dumps({"filename": "slot"}).encode(),
@@ -91,30 +98,12 @@ class LlamaServer:
             response.read()
 
 
-def main() -> None:
-    """Serve until standard input ends."""
-    # The server prints to standard output as well; only answers are to arrive there.
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-
-    def answer(value: Any) -> None:
-        answers.write(json.dumps(value) + "\n")
-        answers.flush()
-
-    setup = json.loads(sys.stdin.readline())
+def _start(setup: dict[str, Any]) -> tuple[dict[str, Any], Commands]:
     xllamacpp = importlib.import_module("xllamacpp")
     server = LlamaServer(xllamacpp, setup)
-    answer({"version": xllamacpp.__version__, "build": xllamacpp.get_system_info()})
-    commands: dict[str, Callable[..., Any]] = {"ask": server.ask, "spread_slot": server.spread_slot}
-    for line in sys.stdin:
-        command = json.loads(line)
-        try:
-            answer({"done": commands[command["do"]](command["with"])})
-        except Exception as error:  # noqa: BLE001 - told to the parent
-            answer({"error": repr(error)})
-    answers.flush()
-    os._exit(0)  # its threads would run on
+    about = {"version": xllamacpp.__version__, "build": xllamacpp.get_system_info()}
+    return about, {"ask": server.ask, "spread_slot": server.spread_slot}
 
 
 if __name__ == "__main__":
-    main()
+    serve(_start)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from figure import Figure
+from report import Section
 from serving_engine import ErllamaServer
 from serving_load import Ask, Prompts, Reply, Server
 from serving_peer import LlamaServerPeer, PeerUnavailable
@@ -19,33 +22,44 @@ _ALONE_S = 1.0
 """How long the streams run before the long prompt comes."""
 _AT_LEAST_TOKENS = 16
 """Of the long prompt in a step with replies: the scheduler's least."""
+_WARM_UP_TOKENS = 600
 
 
-def measure(sizes: Sizes, path: Path) -> list[Figure]:
+def measure(sizes: Sizes, path: Path) -> Section:
     """Longest gaps, with the default settings of the scheduler."""
-    reply_tokens = 150 + sizes.stalling_tokens // _AT_LEAST_TOKENS
+    reply_tokens = _reply_tokens(sizes.stalling_tokens)
     n_seq = sizes.stalled_streams + 1
     room = sizes.stalled_streams * (sizes.stalled_tokens + reply_tokens) + sizes.stalling_tokens
-    shape = {"n_ctx": -(-room // n_seq) + 64, "n_seq": n_seq}
+    shape: Any = {"n_ctx": -(-room // n_seq) + 64, "n_seq": n_seq}
     ours: list[_Run] = []
     theirs: list[_Run] = []
     absent = ""
-    with ErllamaServer(path, unified=True, **shape) as server:
-        _run(server, server.prompts, sizes, reply_tokens, -1)  # its rates are measured here
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(ErllamaServer(path, unified=True, **shape))
+        prompts = server.prompts
+        # Its rates are measured here, for which a short prompt is enough.
+        _run(server, prompts, sizes, -1, min(_WARM_UP_TOKENS, sizes.stalling_tokens))
+        peer = None
         try:
-            with LlamaServerPeer(path, unified=True, **shape) as peer:
-                for number in range(sizes.stall_runs):
-                    ours.append(_run(server, server.prompts, sizes, reply_tokens, number))
-                    theirs.append(_run(peer, server.prompts, sizes, reply_tokens, number))
+            peer = stack.enter_context(LlamaServerPeer(path, unified=True, **shape))
         except PeerUnavailable as error:
             absent = str(error)
-            ours = [
-                _run(server, server.prompts, sizes, reply_tokens, number)
-                for number in range(sizes.stall_runs)
-            ]
+        for number in range(sizes.stall_runs):
+            ours.append(_run(server, prompts, sizes, number, sizes.stalling_tokens))
+            if peer is not None:
+                theirs.append(_run(peer, prompts, sizes, number, sizes.stalling_tokens))
+    return Section(
+        name="stall",
+        title="Streams while a long prompt is computed",
+        figures=(*_figures(sizes, ours), *(_peer_figures(theirs) if theirs else ())),
+        notes=(f"llama-server was not measured: {absent}",) if absent else (),
+    )
+
+
+def _figures(sizes: Sizes, ours: list[_Run]) -> list[Figure]:
     target_s = SavePolicy().stall_target_ms / 1000
     tick_s = statistics.median(run.tick_s for run in ours)
-    figures = [
+    return [
         Figure.of_runs(
             f"{sizes.stalled_streams} streams, a prompt of {sizes.stalling_tokens}: longest gap",
             [1000 * run.longest_s for run in ours],
@@ -61,10 +75,10 @@ def measure(sizes: Sizes, path: Path) -> list[Figure]:
         ),
         Figure.of_runs("    the prompt's first token", [run.prompt_s for run in ours], unit="s"),
     ]
-    if absent:
-        return [*figures, Figure(name=f"    llama-server was not measured: {absent}", measured=0)]
+
+
+def _peer_figures(theirs: list[_Run]) -> list[Figure]:
     return [
-        *figures,
         Figure.of_runs(
             "    llama-server: longest gap",
             [1000 * run.longest_s for run in theirs],
@@ -75,6 +89,11 @@ def measure(sizes: Sizes, path: Path) -> list[Figure]:
             "    llama-server: the prompt's first token", [r.prompt_s for r in theirs], unit="s"
         ),
     ]
+
+
+def _reply_tokens(prompt_tokens: int) -> int:
+    """What streams must say so as not to end before the prompt is computed."""
+    return 150 + prompt_tokens // _AT_LEAST_TOKENS
 
 
 class _Run:
@@ -91,11 +110,12 @@ class _Run:
         self.tick_s = statistics.median(b - a for a, b in pairs if b < arrived or a > computed)
 
 
-def _run(server: Server, prompts: Prompts, sizes: Sizes, reply_tokens: int, number: int) -> _Run:
+def _run(server: Server, prompts: Prompts, sizes: Sizes, number: int, prompt_tokens: int) -> _Run:
     first = 10 + number * (sizes.stalled_streams + 1)
+    reply_tokens = _reply_tokens(prompt_tokens)
     asks = [
         Ask(tokens=prompts.ledger(first + n, sizes.stalled_tokens), reply_tokens=reply_tokens)
         for n in range(sizes.stalled_streams)
     ]
-    long = prompts.ledger(first + sizes.stalled_streams, sizes.stalling_tokens)
+    long = prompts.ledger(first + sizes.stalled_streams, prompt_tokens)
     return _Run(server.ask([*asks, Ask(tokens=long, reply_tokens=1, after_s=_ALONE_S)]))

@@ -10,9 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from bare_loop import BareLoop
 from figure import Figure
 from llama_cpp import llama_cpp
-from serving_bare import BareLoop
+from report import Section
 from serving_engine import ErllamaServer
 from serving_load import Ask, Prompts
 from serving_sizes import Sizes
@@ -22,7 +23,7 @@ from erllama_backend_llama import logits
 TARGET_MS = 0.3
 
 
-def measure(sizes: Sizes, path: Path) -> list[Figure]:
+def measure(sizes: Sizes, path: Path) -> Section:
     """What lies between the end of one ``llama_decode`` and the start of the next.
 
     Code of the backend counts, and so does waiting for the interpreter's lock. Not counted is
@@ -49,7 +50,7 @@ def measure(sizes: Sizes, path: Path) -> list[Figure]:
             loop.fill(state, [ask.tokens for ask in asks], shared_tokens=sizes.context_tokens)
             done = loop.decode(sizes.tick_steps)
             bare.append(1000 * done.sampling_s / done.steps)
-    return [
+    figures = [
         Figure.of_runs(
             f"Python's share of a tick, {streams} streams",
             [statistics.median(ticks.python_ms) for ticks in read],
@@ -73,6 +74,7 @@ def measure(sizes: Sizes, path: Path) -> list[Figure]:
         ),
         Figure.of_runs("    native greedy draws of the bare loop", bare, unit="ms"),
     ]
+    return Section(name="tick", title="What a tick takes outside llama.cpp", figures=tuple(figures))
 
 
 class Ticks:

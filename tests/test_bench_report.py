@@ -13,7 +13,7 @@ import attrs
 import pytest
 from drawing import CURVES, INK, draw
 from figure import Figure
-from report import Section, joined, markdown, missed, read_json, write_json, write_plots
+from report import Section, joined, markdown, read_json, run, write_json, write_plots
 from series import Axis, Plot, Series
 
 SCRIPT = Path(__file__).parents[1] / "bench" / "report.py"
@@ -71,7 +71,6 @@ def test_a_table_names_target_and_verdict() -> None:
         "| &emsp;alone | 7 |  |  |  |",
     ]
     assert lines[-1] == "A note."
-    assert missed([SECTION]) == 1
 
 
 def test_pieces_of_one_section_are_joined() -> None:
@@ -93,6 +92,27 @@ def test_pieces_of_one_section_are_joined() -> None:
     assert list(drawn.series[0].y) == [1.0, 9, 5]
     assert list(drawn.series[0].most or ()) == [1.5, 9, 6]
     assert list(section.notes) == ["A note.", "Two."]
+
+
+def test_a_run_writes_as_it_goes_and_ends_with_what_was_missed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A section that fails loses none before it; a missed target is the exit code."""
+    path = tmp_path / "results.json"
+    assert run(["s"], lambda _: SECTION, path, quick=False) == 1
+    assert run(["s"], lambda _: SECTION, path, quick=True) == 0
+    assert "1 targets missed" in capsys.readouterr().out
+    assert run(["s"], lambda _: Section(name="s", title="S"), None, quick=False) == 0
+
+    def fail_at_t(name: str) -> Section:
+        if name == "t":
+            raise RuntimeError("not measured")
+        return SECTION
+
+    path.unlink()
+    with pytest.raises(RuntimeError, match="not measured"):
+        run(["s", "t"], fail_at_t, path, quick=False)
+    assert read_json(path) == [SECTION]
 
 
 def luminance(colour: str) -> float:

@@ -30,10 +30,13 @@ def test_it_tells_what_was_reused_and_how_long_it_took(tmp_path: Path) -> None:
     assert together["reused_tokens"] >= 256
     for one in figures:
         assert 0 < one["least_s"] <= one["seconds"] <= one["most_s"]
-        assert one["speed_up"] > 0
+        assert 0 < one["speed_up_least"] <= one["speed_up"] <= one["speed_up_most"]
+        if one["scenario"] in {"cold", "3 agents, one by one, no cache"}:
+            assert one["speed_up_least"] == one["speed_up_most"] == 1.0
     shown = CliRunner().invoke(app, [*arguments, "--repeat", "1"])
     assert shown.exit_code == 0
     assert "speed-up" in shown.output
+    assert "1.0 to 1.0" in shown.output
 
 
 @pytest.mark.parametrize(

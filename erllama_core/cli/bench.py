@@ -98,13 +98,14 @@ def bench(
 def _table(description: str, repeats: int, found: list[Measured]) -> Table:
     table = Table(title=f"{description}, medians of {repeats}")
     table.add_column("scenario")
-    for heading in ("tokens reused", "time", "least", "most", "speed-up"):
-        table.add_column(heading, justify="right")
+    for heading in ("tokens reused", "time", "speed-up"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for one in found:
+        least, most = (f"{seconds * 1e3:,.1f}" for seconds in (one.least_s, one.most_s))
         table.add_row(
             one.scenario,
             f"{one.reused_tokens} of {one.prompt_tokens}",
-            *(f"{seconds * 1e3:,.1f} ms" for seconds in (one.seconds, one.least_s, one.most_s)),
-            f"{one.speed_up:,.1f} x",
+            f"{one.seconds * 1e3:,.1f} ms\n{least} to {most}",
+            f"{one.speed_up:,.1f} x\n{one.speed_up_least:,.1f} to {one.speed_up_most:,.1f}",
         )
     return table

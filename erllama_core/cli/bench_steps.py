@@ -35,7 +35,10 @@ class Measured:
     least_s: float
     most_s: float
     speed_up: float
-    """How many times sooner than the cold one of as many tokens; 1.0 for that itself."""
+    """How many times sooner than the cold run of the same tokens, the median of all pairs of runs;
+    1.0 for that itself."""
+    speed_up_least: float
+    speed_up_most: float
 
 
 @attrs.frozen(kw_only=True)
@@ -80,7 +83,7 @@ def _warm(plan: Plan, n_tokens: int, done: Callable[[Measured], None]) -> None:
         engine.cache.wait_scanned()
         for salt in salts:
             runs["from disk"].append(_ask(model, prompt, salt))
-    cold = statistics.median(_first_token(one) for one in runs["cold"])
+    cold = [_first_token(one) for one in runs["cold"]]
     for name, completions in runs.items():
         seconds = [_first_token(one) for one in completions]
         done(_measured(name, seconds, cold, completions[0]))
@@ -111,22 +114,26 @@ def _agents(plan: Plan, n_tokens: int, done: Callable[[Measured], None]) -> None
             together.append(time.perf_counter() - began)
             one = max(replies, key=lambda reply: reply.cache_delta.read)
     assert one is not None
-    base = statistics.median(alone)
     cold = attrs.evolve(one, cache_delta=attrs.evolve(one.cache_delta, read=0))
-    done(_measured(f"{plan.agents} agents, one by one, no cache", alone, base, cold))
-    done(_measured(f"{plan.agents} agents together", together, base, one))
+    done(_measured(f"{plan.agents} agents, one by one, no cache", alone, alone, cold))
+    done(_measured(f"{plan.agents} agents together", together, alone, one))
 
 
-def _measured(name: str, seconds: Sequence[float], base: float, one: Completion) -> Measured:
-    median = statistics.median(seconds)
+def _measured(
+    name: str, seconds: Sequence[float], cold: Sequence[float], one: Completion
+) -> Measured:
+    """``cold`` has the run to compare with for each of ``seconds``, in the same order."""
+    ratios = [before / after for before, after in zip(cold, seconds, strict=True)]
     return Measured(
         scenario=name,
         prompt_tokens=one.stats.prompt_tokens,
         reused_tokens=one.cache_delta.read,
-        seconds=median,
+        seconds=statistics.median(seconds),
         least_s=min(seconds),
         most_s=max(seconds),
-        speed_up=base / median,
+        speed_up=statistics.median(ratios),
+        speed_up_least=min(ratios),
+        speed_up_most=max(ratios),
     )
 
 

@@ -16,7 +16,7 @@ class Sizes:
     questions: int = 2
     """Of each document."""
     question_tokens: int = 16
-    recomputed: int = 8
+    recomputed: int = 4
     """Of the documents: how many are also asked without a cache."""
 
     processes: int = 4

@@ -22,7 +22,7 @@ class Sizes:
     stalled_tokens: int = 64
     """Of the prompts of streams that a long prompt comes between."""
     stalling_tokens: int = 4000
-    stall_runs: int = 3
+    stall_runs: int = 2
     tick_steps: int = 64
     tick_runs: int = 3
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import llama_cpp
 import streams
+from bare_loop import BareLoop
 from hot_paths_floors import Floors, median_s
 from hot_paths_part import Part
 from hot_paths_sizes import Sizes
-from serving_bare import BareLoop
 from serving_engine import ErllamaServer
 from serving_load import Ask
 from serving_tick import watched

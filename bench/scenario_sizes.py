@@ -25,7 +25,7 @@ class Sizes:
     own_tokens: int = 64
     asks: int = 2
     """Of each process, one after the other."""
-    process_runs: int = 3
+    process_runs: int = 2
 
     turns: int = 20
     system_tokens: int = 200

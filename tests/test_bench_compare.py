@@ -196,7 +196,9 @@ def test_peers_take_their_turns(tiny: Path) -> None:
     for who in set(names) - samples.absent.keys():
         found = computed(samples, who)
         assert found["cold"] == 128
-        assert max(found["exact"], found["returned"]) <= 1
+        assert found["exact"] <= 1
+        # Some go back to where they last stood and compute what was asked for behind it.
+        assert found["returned"] <= TINY.tail_tokens
         assert found["longer"] <= TINY.tail_tokens + 1
         assert ("restart" in found) is KINDS[who].survives
         assert found.get("restart", 1) == 1

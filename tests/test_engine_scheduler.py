@@ -100,9 +100,13 @@ def test_a_stored_prefix_is_brought_into_cells_once(
         engine.flush()
         name = f"stored-{tier}"
         held = gate(name)
-        faults = {"hang_step": 1, "hang_gate": name}
         again = load_stub(
-            engine, "again", tier=[tier], context_opts={"n_seq_max": 5}, faults=faults
+            engine,
+            "again",
+            tier=[tier],
+            # One that has ended already when another one's state arrives still has its cells.
+            context_opts={"n_seq_max": 5, "resident_cells_max": 1024},
+            faults={"hang_step": 1, "hang_gate": name},
         )
         other = again.infer("x", response_tokens=1)
         assert held.wait_reached(10)

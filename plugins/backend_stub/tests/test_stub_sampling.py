@@ -117,7 +117,8 @@ def test_what_is_drawn_is_among_the_candidates(digest: bytes, params: SamplingPa
 
 def test_equal_logits_go_by_id() -> None:
     """Among equally likely tokens the order is that of ids, however they are listed."""
-    mark = Mark(tokens=pack([9, 3, 5]), logits=struct.pack("<3f", 1, 1, 1), logsumexp=0, n_vocab=3)
+    logits = struct.pack("<3f", 1, 1, 1)
+    mark = Mark(tokens=pack([9, 3, 5]), logits=logits, logsumexp=0, n_vocab=N_TOKENS)
     assert StubSampler(SamplingParams(), b"").sample_mark(mark) == 3
     two = SamplingParams(temperature=1.0, top_k=2, top_p=1.0, min_p=0.0)
     sampler = StubSampler(two, b"")

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-import resource
 import shutil
-import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,13 +14,13 @@ from targets_store import in_memory
 
 from erllama_core.errors import ErllamaError, ModelLoadError
 from erllama_core.model.gguf import read_layout
+from llama_user import fate_of
 
 _WORDS = (
     *(b"GGUF", b"general.alignment", b"general.architecture", b"tokenizer.ggml.tokens", b"llama."),
     *(b"\x09\0\0\0\x08\0\0\0", b"\x08\0\0\0", b"\x04\0\0\0", b"\x09\0\0\0", bytes(8)),
     *((n).to_bytes(8, "little") for n in (1, 2, 4, 5, 1 << 31, 1 << 32, 1 << 62, (1 << 64) - 1)),
 )
-_MOST_SECONDS = 30
 _SEPARATOR = b"\0tensors\0"
 
 
@@ -90,37 +88,13 @@ def _files(check: Callable[[Path], object], use: Callable[[Path], None]) -> Iter
             os.truncate(path, len(head) + -len(head) % 32 + size)
         with suppress(ErllamaError):
             check(path)
-            end = _fate(use, path)
+            end = fate_of(use, path)
             assert end in {"used", "refused"}, end
 
     try:
         yield run
     finally:
         shutil.rmtree(folder)
-
-
-def _fate(use: Callable[[Path], None], path: Path) -> str:
-    child = os.fork()
-    if child == 0:
-        code = 3
-        try:
-            for descriptor in (1, 2):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
-            for number in (signal.SIGABRT, signal.SIGSEGV, signal.SIGALRM, signal.SIGPROF):
-                signal.signal(number, signal.SIG_DFL)
-            signal.setitimer(signal.ITIMER_PROF, 0)
-            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-            signal.alarm(_MOST_SECONDS)
-            use(path)
-            code = 0
-        except ErllamaError:
-            code = 1
-        finally:
-            os._exit(code)
-    _, status = os.waitpid(child, 0)
-    if os.WIFSIGNALED(status):
-        return f"killed by signal {os.WTERMSIG(status)}"
-    return {0: "used", 1: "refused"}.get(os.WEXITSTATUS(status), "an error of Python")
 
 
 def shortened(path: Path) -> bytes:

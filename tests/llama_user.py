@@ -11,6 +11,7 @@ import resource
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
@@ -67,7 +68,8 @@ class Users:
         return self._process.stdout.readline().strip()
 
 
-def _in_child(path: Path) -> str:
+def fate_of(use: Callable[[Path], None], path: Path) -> str:
+    """``"used"``, ``"refused"``, or how a fork of this process ended that used the file."""
     from erllama_core.errors import ErllamaError
 
     child = os.fork()
@@ -76,6 +78,10 @@ def _in_child(path: Path) -> str:
         try:
             for descriptor in (1, 2):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+            # Where a fuzzer runs, they are its own.
+            for number in (signal.SIGABRT, signal.SIGSEGV, signal.SIGALRM, signal.SIGPROF):
+                signal.signal(number, signal.SIG_DFL)
+            signal.setitimer(signal.ITIMER_PROF, 0)
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             signal.alarm(MOST_SECONDS)
             use(path)
@@ -98,7 +104,7 @@ def main() -> None:
         # A file that has tensors: one without any is a vocabulary, and is loaded as such.
         vars(erllama_backend_llama.model)["check_model"] = lambda _: {"some": None}
     for line in sys.stdin:
-        sys.stdout.write(_in_child(Path(line.strip())) + "\n")
+        sys.stdout.write(fate_of(use, Path(line.strip())) + "\n")
         sys.stdout.flush()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import threading
 import time
@@ -61,6 +62,12 @@ class Answers:
             and done.context_tokens == (*prompt.encode()[: len(done.context_tokens)], *said)
             and done.committed_tokens == len(done.context_tokens)
         )
+
+
+@functools.cache
+def answers_of(kv_class: str) -> Answers:
+    """What is right for a class of state; learnt when it is first asked for."""
+    return Answers(kv_class)
 
 
 @attrs.frozen(kw_only=True)

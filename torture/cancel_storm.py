@@ -11,9 +11,9 @@ from erllama_core import Engine
 from stub_engine import KV_CLASSES, load_stub, make_engine
 from torture.callers import (
     SESSIONS,
-    Answers,
     Caller,
     Mix,
+    answers_of,
     check_at_rest,
     join_callers,
 )
@@ -69,13 +69,11 @@ class CancelStorm:
 
     def __init__(self, setup: Setup) -> None:
         self._setup = setup
-        self._answers: dict[str, Answers] = {}
 
     def round(self, chance: random.Random, folder: Path) -> Tally:
         """Serve in a storm, then ask in peace."""
         kv_class = chance.choice(KV_CLASSES)
-        if kv_class not in self._answers:
-            self._answers[kv_class] = Answers(kv_class)
+        answers_of(kv_class)  # learnt before anything fails
         tally = Tally()
         tiers = [
             {"name": "ram", "kind": "ram", "quota_bytes": 60_000},
@@ -135,7 +133,7 @@ class CancelStorm:
         return [
             Caller(
                 model,  # type: ignore[arg-type]
-                self._answers[kv_class],
+                answers_of(kv_class),
                 tally,
                 seed=f"{chance.random()} {number}",
                 count=self._setup.times(count),

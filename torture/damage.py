@@ -14,7 +14,7 @@ from typing import Final, Self
 
 from erllama_tier_disk.layout import JANITOR_LOCK, parse_object_name
 from stub_engine import KV_CLASSES, load_stub, make_engine
-from torture.callers import Answers, Caller, Mix, check_at_rest, join_callers
+from torture.callers import Caller, Mix, answers_of, check_at_rest, join_callers
 from torture.fault import Setup
 from torture.store import troubles, verify
 from torture.tally import Tally
@@ -208,13 +208,11 @@ class Damage:
 
     def __init__(self, setup: Setup) -> None:
         self._setup = setup
-        self._answers: dict[str, Answers] = {}
 
     def round(self, chance: random.Random, folder: Path) -> Tally:
         """Serve while files are damaged, restart on what is left, serve again, look at it all."""
         kv_class = chance.choice(KV_CLASSES)
-        if kv_class not in self._answers:
-            self._answers[kv_class] = Answers(kv_class)
+        answers_of(kv_class)  # learnt before anything fails
         tally = Tally()
         root = folder / "root"
         with Damager(root, chance, tally) as damager:
@@ -238,7 +236,7 @@ class Damage:
             callers = [
                 Caller(
                     model,
-                    self._answers[kv_class],
+                    answers_of(kv_class),
                     tally,
                     seed=f"{chance.random()} {number}",
                     count=self._setup.times(REQUESTS),

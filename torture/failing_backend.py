@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from erllama_core.errors import DecodeFailed, DecodeTimeout
 from stub_engine import KV_CLASSES, load_stub, make_engine
-from torture.callers import Answers, Caller, Mix, check_at_rest, join_callers
+from torture.callers import Caller, Mix, answers_of, check_at_rest, join_callers
 from torture.fault import Setup
 from torture.random_faults import RandomFaults, failing
 from torture.store import check_whole
@@ -25,13 +25,11 @@ class FailingBackend:
 
     def __init__(self, setup: Setup) -> None:
         self._setup = setup
-        self._answers: dict[str, Answers] = {}
 
     def round(self, chance: random.Random, folder: Path) -> Tally:
         """Serve while calls fail, then with all well again, on what was stored meanwhile."""
         kv_class = chance.choice(KV_CLASSES)
-        if kv_class not in self._answers:
-            self._answers[kv_class] = Answers(kv_class)
+        answers_of(kv_class)  # learnt before anything fails
         tally = Tally()
         root = folder / "root"
         own = random.Random(chance.random())
@@ -90,7 +88,7 @@ class FailingBackend:
         return [
             Caller(
                 model,
-                self._answers[kv_class],
+                answers_of(kv_class),
                 tally,
                 seed=f"{chance.random()} {number}",
                 count=self._setup.times(count),

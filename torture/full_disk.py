@@ -14,7 +14,7 @@ from typing import Final
 
 from erllama_core import Engine, Model
 from stub_engine import KV_CLASSES, load_stub, make_engine
-from torture.callers import PROMPTS, Answers, Caller, Mix, check_at_rest, join_callers
+from torture.callers import PROMPTS, Caller, Mix, answers_of, check_at_rest, join_callers
 from torture.fault import Setup
 from torture.store import check_whole
 from torture.tally import Tally
@@ -104,13 +104,11 @@ class FullDisk:
 
     def __init__(self, setup: Setup) -> None:
         self._setup = setup
-        self._answers: dict[str, Answers] = {}
 
     def round(self, chance: random.Random, folder: Path) -> Tally:
         """Serve while the space comes and goes; then there is space again, and all must be well."""
         kv_class = chance.choice(KV_CLASSES)
-        if kv_class not in self._answers:
-            self._answers[kv_class] = Answers(kv_class)
+        answers_of(kv_class)  # learnt before anything fails
         tally = Tally()
         device = folder / "device"
         device.mkdir()
@@ -142,7 +140,7 @@ class FullDisk:
         callers = [
             Caller(
                 model,
-                self._answers[kv_class],
+                answers_of(kv_class),
                 tally,
                 seed=f"{chance.random()} {number}",
                 count=self._setup.times(REQUESTS),

@@ -13,7 +13,7 @@ from erllama_core.errors import CacheError, EngineClosed
 from erllama_core.interfaces.pressure import PressureReading
 from pressure_gauge import Gauge, gauged_engine
 from stub_engine import KV_CLASSES, load_stub
-from torture.callers import PROMPTS, Answers, Caller, Mix, check_at_rest, join_callers
+from torture.callers import PROMPTS, Caller, Mix, answers_of, check_at_rest, join_callers
 from torture.fault import Setup
 from torture.store import check_whole
 from torture.tally import Tally
@@ -98,13 +98,11 @@ class PressureStorm:
 
     def __init__(self, setup: Setup) -> None:
         self._setup = setup
-        self._answers: dict[str, Answers] = {}
 
     def round(self, chance: random.Random, folder: Path) -> Tally:
         """Serve under it; what is left in the tiers is whole, and of use."""
         kv_class = chance.choice(KV_CLASSES)
-        if kv_class not in self._answers:
-            self._answers[kv_class] = Answers(kv_class)
+        answers_of(kv_class)  # learnt before anything fails
         tally = Tally()
         root = folder / "root"
         tiers = [
@@ -137,7 +135,7 @@ class PressureStorm:
             callers = [
                 Caller(
                     model,
-                    self._answers[kv_class],
+                    answers_of(kv_class),
                     tally,
                     seed=f"{chance.random()} {number}",
                     count=self._setup.times(REQUESTS),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import functools
 import os
 import random
 import threading
@@ -19,7 +18,7 @@ from erllama_core.interfaces.tier import Allocate, FoundObject
 from erllama_core.providers import TierProvider
 from erllama_tier_disk.store import FileTier
 from stub_engine import KV_CLASSES, load_stub
-from torture.callers import Answers, Caller, Mix, check_at_rest, join_callers
+from torture.callers import Caller, Mix, answers_of, check_at_rest, join_callers
 from torture.fault import Setup
 from torture.store import check_whole
 from torture.tally import Tally
@@ -120,15 +119,10 @@ class SlowDisk:
     def __init__(self, setup: Setup) -> None:
         self._setup = setup
 
-    @staticmethod
-    @functools.cache
-    def _answers(kv_class: str) -> Answers:
-        return Answers(kv_class)
-
     def round(self, chance: random.Random, folder: Path) -> Tally:
         """Serve on the moody disk; what it stored must be whole."""
         kv_class = chance.choice(KV_CLASSES)
-        answers = self._answers(kv_class)
+        answers = answers_of(kv_class)
         tally = Tally()
         mood = Mood(random.Random(chance.random()), tally)
         with moody_engine(folder / "root", mood) as engine:

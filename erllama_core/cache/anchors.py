@@ -141,14 +141,17 @@ class TextKeys:
         if not packed:
             return
         pieces = self._rendering.each(packed)
+        text = b"".join(pieces)
         state, at = self._state, 0
-        for control in self._rendering.controls(packed):
+        # To look for a mark in the text is twice as fast as to look at each token.
+        controls = self._rendering.controls(packed) if _OUT_OF_BAND in text else ()
+        for control in controls:
             state.update(b"".join(pieces[at:control]))
             self._note(start + control)
             state.update(pieces[control])
             at = control + 1
             self._note(start + at)
-        state.update(b"".join(pieces[at:]))
+        state.update(b"".join(pieces[at:]) if at else text)
         self._done = start + len(pieces)
 
     def _note(self, position: int) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from erllama_core import Prompt
 from erllama_core.model.options import RequestOptions
 from erllama_core.model.request import Phase, Request
 from erllama_core.model.sequences import LiveSequence
-from erllama_core.model.tick import TickComposer
+from erllama_core.model.tick import Pace, TickComposer
 
 
 class Nothing:
@@ -105,3 +105,44 @@ def test_more_replies_than_a_batch_holds_take_turns() -> None:
             parts[one.id] += 1
     assert sum(parts) == 20
     assert min(parts) >= 3
+
+
+@given(
+    reply_ms=st.floats(0.5, 300),
+    token_ms=st.floats(0.05, 25),
+    slower=st.floats(1, 1.5),
+    n_replies=st.integers(1, 8),
+    target_ms=st.integers(20, 400),
+)
+def test_replies_wait_for_the_target_and_two_of_their_steps_at_most(
+    reply_ms: float, token_ms: float, slower: float, n_replies: int, target_ms: int
+) -> None:
+    """Whatever a model takes, and though a prompt gets slower with what lies before it."""
+    composer = TickComposer(512, None, target_ms)
+    replies = [request(n, 5, 0, generating=True) for n in range(n_replies)]
+    long = request(n_replies, 900, 0, generating=False)
+    alone_s = n_replies * reply_ms / 1000
+    assume(4 * token_ms * slower < target_ms)  # the least that is computed of a prompt
+    pace = Pace()
+    pace.note(0, n_replies, alone_s)
+    pace.note(64, 0, 64 * token_ms / 1000)
+    while long.computed < long.length:
+        tick = composer.compose([*replies, long], pace)
+        count = tick.n_tokens - tick.n_replies
+        assert count, "the prompt gets on"
+        each_ms = token_ms * (1 + (slower - 1) * long.computed / long.length)
+        seconds = alone_s + count * each_ms / 1000
+        assert seconds <= (target_ms / 1000 + 2 * alone_s) * 1.01
+        pace.note(count, n_replies, seconds)
+        long.computed += count
+
+
+def test_a_model_that_is_slower_than_the_target_computes_prompts_all_the_same() -> None:
+    """A part of the time is theirs, though replies alone take longer than they may wait."""
+    composer = TickComposer(512, None, 100)
+    pace = Pace()
+    pace.note(0, 1, 0.5)
+    pace.note(64, 0, 0.64)
+    active = [request(0, 5, 0, generating=True), request(1, 900, 0, generating=False)]
+    tick = composer.compose(active, pace)
+    assert tick.n_tokens - tick.n_replies == 37

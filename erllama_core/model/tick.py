@@ -13,10 +13,16 @@ from erllama_core.interfaces.block import TOKEN_BYTES
 from erllama_core.model.request import Phase, Request
 
 _MIN_CHUNK: Final = 64
-_LEAST: Final = 16
+_LEAST: Final = 4
 """Prompt tokens in a step with replies, however slow the model is: prompts must get on."""
+_SHARE: Final = 0.75
+"""What prompts get at least, of the time that replies alone take. On a model whose replies take
+the whole target they would hardly get on otherwise; and this way, with some room for what the
+last steps did not show, replies come within the target and two of their own steps."""
 _WEIGHT: Final = 0.25
 """Of a new measurement in a moving average."""
+_SLOWER_WEIGHT: Final = 0.5
+"""The same where prompts have become slower, as they do with all that they look back at."""
 
 
 class Pace:
@@ -42,7 +48,8 @@ class Pace:
             own_s = max(seconds - (self.step_s if replies else 0.0), seconds / 4)
             rate = prompt_tokens / own_s
             before = self.prefill_tokens_per_s
-            self.prefill_tokens_per_s += _WEIGHT * (rate - before) if before else rate
+            weight = _WEIGHT if rate > before else _SLOWER_WEIGHT
+            self.prefill_tokens_per_s += weight * (rate - before) if before else rate
 
     @property
     def decode_tokens_per_s(self) -> float:
@@ -67,7 +74,8 @@ class TickComposer:
 
     A prompt gets at most ``chunk_tokens`` of a batch (None: a quarter of it, 64 at least), so
     that a long one does not keep the others waiting. With replies in the batch, all prompts
-    together get no more than is computed within ``stall_target_ms``.
+    together get no more than makes a step of ``stall_target_ms``, or than three quarters of the
+    replies' time where these alone take most of it.
     """
 
     def __init__(
@@ -129,7 +137,7 @@ class TickComposer:
             return self._batch_tokens
         if not pace.prefill_tokens_per_s:
             return _MIN_CHUNK
-        left_s = max(0.0, self._stall_target_s - pace.step_s)
+        left_s = max(self._stall_target_s - pace.step_s, _SHARE * pace.step_s)
         return max(_LEAST, int(left_s * pace.prefill_tokens_per_s))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,13 +63,17 @@ def measure(sizes: Sizes, path: Path, modes: tuple[bool, ...]) -> Section:
             unified: stack.enter_context(ErllamaServer(path, unified=unified, **shape))
             for unified in modes
         }
+        loops = {
+            unified: stack.enter_context(BareLoop(path, unified=unified, **shape))
+            for unified in modes
+        }
         contexts = _Contexts(sizes, engines[modes[0]].prompts)
         cases = [Case(u, s, n) for u in modes for s in (True, False) for n in sizes.streams]
         peers = {}
         try:
             for unified in modes:
                 peers[unified] = stack.enter_context(
-                    LlamaServerPeer(path, unified=unified, **shape)
+                    LlamaServerPeer(path, unified=unified, keeps_idle_slots=True, **shape)
                 )
         except PeerUnavailable as error:
             absent = str(error)
@@ -78,17 +82,19 @@ def measure(sizes: Sizes, path: Path, modes: tuple[bool, ...]) -> Section:
                 engines[case.unified].ask(_asks(contexts, case, 2))
         for server in peers.values():
             server.ask([Ask(tokens=contexts.own[0], reply_tokens=1, slot=0)])
+        turns: list[tuple[Rates, Callable[[Case], float]]] = [
+            (ours, lambda case: _ours(engines[case.unified], contexts, case, sizes)),
+            (bare, lambda case: _bare(loops[case.unified], contexts, case, sizes)),
+            (peer, lambda case: _peer(peers[case.unified], contexts, case, sizes)),
+        ]
         for number in range(sizes.decode_rounds):
-            # In one order and in the other, so that nobody is always the first.
+            # A round begins with another case and another contestant than the one before; those
+            # who are compared follow each other within seconds, as the machine is never even.
             for case in cases if number % 2 else reversed(cases):
-                _note(ours, case, _ours(engines[case.unified], contexts, case, sizes))
-                if case.unified in peers and not case.shared:
-                    _note(peer, case, _peer(peers[case.unified], contexts, case, sizes))
-            for unified in modes:
-                with BareLoop(path, unified=unified, **shape) as loop:
-                    for case in cases:
-                        if case.unified == unified:
-                            _note(bare, case, _bare(loop, contexts, case, sizes))
+                first = number % len(turns)
+                for rates, measured in turns[first:] + turns[:first]:
+                    if rates is not peer or (case.unified in peers and not case.shared):
+                        rates.setdefault(case, []).append(measured(case))
     figures = _against_bare(cases, ours, bare)
     if not absent:
         figures += _against_peer(sizes, modes, ours, peer)
@@ -99,10 +105,6 @@ def measure(sizes: Sizes, path: Path, modes: tuple[bool, ...]) -> Section:
         plots=tuple(_plot(shared, ours, bare, peer) for shared in (True, False)),
         notes=(f"llama-server was not measured: {absent}",) if absent else (),
     )
-
-
-def _note(rates: Rates, case: Case, rate: float) -> None:
-    rates.setdefault(case, []).append(rate)
 
 
 def _asks(contexts: _Contexts, case: Case, reply_tokens: int) -> list[Ask]:

@@ -20,10 +20,19 @@ __all__ = ["LlamaServerPeer", "PeerUnavailable"]
 class LlamaServerPeer:
     """The same file, threads and context as ErllamaServer; see there for ``n_ctx``.
 
-    Raises PeerUnavailable.
+    ``keeps_idle_slots``: what ``spread_slot`` restored stays until it is asked for. Raises
+    PeerUnavailable.
     """
 
-    def __init__(self, path: Path, *, unified: bool, n_ctx: int, n_seq: int) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        unified: bool,
+        n_ctx: int,
+        n_seq: int,
+        keeps_idle_slots: bool = False,
+    ) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="erllama-bench-")
         try:
             self._child = ChildProcess(
@@ -34,6 +43,7 @@ class LlamaServerPeer:
                     "unified": unified,
                     "n_ctx": n_ctx,
                     "n_seq": n_seq,
+                    "keeps_idle_slots": keeps_idle_slots,
                     "threads": default_threads(),
                     "folder": self._folder.name,
                 },

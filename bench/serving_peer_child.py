@@ -29,6 +29,10 @@ class LlamaServer:
         params.slot_save_path = setup["folder"]
         params.fit_params = False  # it is to have the context that it was given
         params.verbosity = 1
+        if setup.get("keeps_idle_slots"):
+            # By default a new request moves idle slots' state, restored or not, into the prompt
+            # cache, where a request that names its slot does not look for it.
+            params.cache_idle_slots = False
         # Continuous batching, the prompt cache and automatic flash attention are its defaults.
         assert params.cont_batching
         assert params.cache_prompt

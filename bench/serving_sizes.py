@@ -16,8 +16,8 @@ class Sizes:
     burst: int = 8
     burst_reply_tokens: int = 16
     burst_runs: int = 3
-    decode_steps: int = 24
-    decode_rounds: int = 3
+    decode_steps: int = 48
+    decode_rounds: int = 6
     stalled_streams: int = 3
     stalled_tokens: int = 64
     """Of the prompts of streams that a long prompt comes between."""

@@ -20,7 +20,7 @@ from erllama_core.cache.policy import SavePolicy
 
 _ALONE_S = 1.0
 """How long the streams run before the long prompt comes."""
-_AT_LEAST_TOKENS = 16
+_AT_LEAST_TOKENS = 4
 """Of the long prompt in a step with replies: the scheduler's least."""
 _WARM_UP_TOKENS = 600
 

@@ -21,7 +21,7 @@ from typing import Final
 
 import attrs
 from child_process import BENCH, PEERS
-from report import joined, markdown, read_json, show, write_json, write_plots
+from report import joined, read_json, show, write_json, write_markdown, write_plots
 
 RESULTS: Final = BENCH / "results"
 _REQUESTS: Final = ("cold", "exact", "longer", "branch", "returned", "restart")
@@ -73,6 +73,7 @@ def pieces() -> Iterator[Piece]:
     for streams in (1, 2, 4, 8):
         yield _serving(f"decode-{streams}", "decode", "--streams", str(streams))
     yield _serving("stall", "stall")
+    yield _serving("tick", "tick")
     for scenario in ("rag", "processes", "turns", "recompute-demo", "recompute-tiny"):
         yield Piece(name=scenario, script="scenarios.py", arguments=("--only", scenario))
     yield Piece(name="trace", script="cache.py", arguments=("--only", "trace"))
@@ -122,7 +123,7 @@ def write(asked: Sequence[Piece], results: Path) -> int:
         print(section.name)
         show(section)
     write_json(results / "all.json", sections)
-    (results / "tables.md").write_text(markdown(sections), "utf-8")
+    write_markdown(results / "tables.md", sections)
     print(f"tables: {results / 'tables.md'}")
     try:
         write_plots(results / "plots", sections)

@@ -5,7 +5,8 @@
 Each benchmark writes its sections as JSON, a piece at a time if need be. Here pieces are joined:
 figures and curves of one section come together, and what was measured again counts as it was
 measured last, by the order of the files. Markdown has a table for each section; plots are SVG,
-one file each, and need matplotlib.
+one file each, and need matplotlib. A Markdown file that is there already, and has the line
+``<!-- figures -->``, keeps what is above it.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Final, Self
 
 import attrs
 import cattrs
 from figure import Figure
 from series import Plot
+
+MARK: Final = "<!-- figures -->\n"
 
 
 @attrs.frozen(kw_only=True)
@@ -133,6 +136,12 @@ def markdown(sections: Iterable[Section], *, level: int = 2) -> str:
     return "\n".join(parts)
 
 
+def write_markdown(path: Path, sections: Iterable[Section]) -> None:
+    """Write the tables to a file; below the mark, where it is there and has one."""
+    above, mark, _ = (path.read_text("utf-8") if path.exists() else "").partition(MARK)
+    path.write_text((above + mark + "\n" if mark else "") + markdown(sections), "utf-8")
+
+
 def _row(figure: Figure) -> tuple[str, ...]:
     name = figure.name.lstrip()
     spread = target = verdict = ""
@@ -193,7 +202,7 @@ def main() -> int:
     arguments = parser.parse_args()
     sections = joined(section for path in arguments.results for section in read_json(path))
     if arguments.markdown is not None:
-        arguments.markdown.write_text(markdown(sections), "utf-8")
+        write_markdown(arguments.markdown, sections)
     if arguments.json is not None:
         write_json(arguments.json, sections)
     if arguments.plots is not None:

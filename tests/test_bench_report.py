@@ -13,7 +13,17 @@ import attrs
 import pytest
 from drawing import CURVES, INK, draw
 from figure import Figure
-from report import Section, joined, markdown, read_json, run, write_json, write_plots
+from report import (
+    MARK,
+    Section,
+    joined,
+    markdown,
+    read_json,
+    run,
+    write_json,
+    write_markdown,
+    write_plots,
+)
 from series import Axis, Plot, Series
 
 SCRIPT = Path(__file__).parents[1] / "bench" / "report.py"
@@ -71,6 +81,18 @@ def test_a_table_names_target_and_verdict() -> None:
         "| &emsp;alone | 7 |  |  |  |",
     ]
     assert lines[-1] == "A note."
+
+
+def test_what_people_wrote_above_the_tables_stays(tmp_path: Path) -> None:
+    """Tables written again replace those below the mark, and nothing else."""
+    path = tmp_path / "page.md"
+    write_markdown(path, [SECTION])
+    assert path.read_text() == markdown([SECTION])
+    path.write_text(f"# Figures\n\nMeasured on a Monday.\n\n{MARK}\n| old |\n")
+    write_markdown(path, [SECTION])
+    above, _, tables = path.read_text().partition(MARK)
+    assert above == "# Figures\n\nMeasured on a Monday.\n\n"
+    assert tables == "\n" + markdown([SECTION])
 
 
 def test_pieces_of_one_section_are_joined() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
-from serving_load import Ask, Prompts, Reply, run_at_once
+from serving_load import Ask, Enough, Prompts, Reply, run_at_once
 
 from erllama_core import Engine, Model, TextDelta, load_config
 
@@ -38,9 +38,15 @@ class ErllamaServer:
         self._engine.flush()  # what a reply leaves behind is not to slow the next measurement
         return replies
 
-    def _answer(self, ask: Ask) -> list[float]:
-        stream = self.model.infer(ask.tokens, response_tokens=ask.reply_tokens)
-        return [time.monotonic() for event in stream if isinstance(event, TextDelta)]
+    def _answer(self, ask: Ask, enough: Enough) -> list[float]:
+        times = []
+        with self.model.infer(ask.tokens, response_tokens=ask.reply_tokens) as stream:
+            for event in stream:
+                if isinstance(event, TextDelta):
+                    times.append(time.monotonic())
+                    if enough():
+                        break
+        return times
 
     def close(self) -> None:
         """End it, and free what it has."""

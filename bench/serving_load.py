@@ -19,6 +19,9 @@ class Ask:
     reply_tokens: int
     after_s: float = 0.0
     """When it arrives, after the first."""
+    lasts: bool = False
+    """Goes on until the others are answered, and for ``MORE_TOKENS`` alone. ``reply_tokens`` is
+    then the most there can be."""
     slot: int | None = None
     """Which of llama-server's slots it goes to, where that must be said."""
 
@@ -48,25 +51,37 @@ class Server(Protocol):
         ...
 
 
-def run_at_once(asks: Sequence[Ask], answer: Callable[[Ask], list[float]]) -> list[Reply]:
+MORE_TOKENS = 16
+
+Enough = Callable[[], bool]
+"""Whether a request may end before it has all tokens; asked after each of them."""
+
+
+def run_at_once(asks: Sequence[Ask], answer: Callable[[Ask, Enough], list[float]]) -> list[Reply]:
     """A thread for each request; ``answer`` waits for its tokens and returns their times."""
     replies: dict[int, Reply] = {}
     errors: list[Exception] = []
     began = time.monotonic()
+    awaited = {number for number, ask in enumerate(asks) if not ask.lasts}
+    answered = threading.Event()
 
     def run(number: int) -> None:
         ask = asks[number]
         try:
             time.sleep(max(0.0, began + ask.after_s - time.monotonic()))
             asked_at = time.monotonic()
-            times = answer(ask)
-            if len(times) != ask.reply_tokens:
+            times = answer(ask, _lasting(answered) if ask.lasts else lambda: False)
+            if len(times) != ask.reply_tokens and not (ask.lasts and answered.is_set()):
                 raise RuntimeError(
                     f"{ask.reply_tokens} tokens were asked for, {len(times)} came one by one"
                 )
             replies[number] = Reply(asked_at=asked_at, token_times=tuple(times))
         except Exception as error:  # noqa: BLE001 - raised below, in the caller's thread
             errors.append(error)
+        finally:
+            awaited.discard(number)
+            if not awaited:
+                answered.set()
 
     threads = [threading.Thread(target=run, args=(number,)) for number in range(len(asks))]
     for thread in threads:
@@ -76,6 +91,11 @@ def run_at_once(asks: Sequence[Ask], answer: Callable[[Ask], list[float]]) -> li
     if errors:
         raise RuntimeError(f"a request was not answered: {errors[0]}") from errors[0]
     return [replies[number] for number in range(len(asks))]
+
+
+def _lasting(answered: threading.Event) -> Enough:
+    more = iter(range(MORE_TOKENS))
+    return lambda: answered.is_set() and next(more, None) is None
 
 
 def all_done_s(replies: Sequence[Reply]) -> float:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from child_loop import Commands, serve
-from serving_load import Ask, run_at_once
+from serving_load import Ask, Enough, run_at_once
 
 
 class LlamaServer:
@@ -47,14 +47,18 @@ class LlamaServer:
             for reply in run_at_once(requests, self._answer)
         ]
 
-    def _answer(self, ask: Ask) -> list[float]:
-        times, _, end = self.complete(ask.tokens, ask.reply_tokens, ask.slot)
-        if len(times) != ask.reply_tokens:
+    def _answer(self, ask: Ask, enough: Enough) -> list[float]:
+        times, _, end = self.complete(ask.tokens, ask.reply_tokens, ask.slot, enough)
+        if len(times) != ask.reply_tokens and not enough():
             raise RuntimeError(f"{len(times)} tokens came, then {end[-500:]!r}")
         return times
 
     def complete(
-        self, tokens: Sequence[int], reply_tokens: int, slot: int | None = None
+        self,
+        tokens: Sequence[int],
+        reply_tokens: int,
+        slot: int | None = None,
+        enough: Enough | None = None,
     ) -> tuple[list[float], list[bytes], bytes]:
         """When tokens came, their events, and the last event, which says how it went."""
         body: dict[str, Any] = {
@@ -78,7 +82,7 @@ class LlamaServer:
                 events.append(event)
             else:
                 end = event
-            return False
+            return enough is not None and enough()
 
         self._server.handle_completions(json.dumps(body).encode(), take)
         return times, events, end

@@ -92,7 +92,7 @@ def _peer_figures(theirs: list[_Run]) -> list[Figure]:
 
 
 def _reply_tokens(prompt_tokens: int) -> int:
-    """What streams must say so as not to end before the prompt is computed."""
+    """What streams may have to say so as not to end before the prompt is computed."""
     return 150 + prompt_tokens // _AT_LEAST_TOKENS
 
 
@@ -114,7 +114,11 @@ def _run(server: Server, prompts: Prompts, sizes: Sizes, number: int, prompt_tok
     first = 10 + number * (sizes.stalled_streams + 1)
     reply_tokens = _reply_tokens(prompt_tokens)
     asks = [
-        Ask(tokens=prompts.ledger(first + n, sizes.stalled_tokens), reply_tokens=reply_tokens)
+        Ask(
+            tokens=prompts.ledger(first + n, sizes.stalled_tokens),
+            reply_tokens=reply_tokens,
+            lasts=True,
+        )
         for n in range(sizes.stalled_streams)
     ]
     long = prompts.ledger(first + sizes.stalled_streams, prompt_tokens)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 
 import pytest
-from serving_load import Ask, Prompts, Reply, all_done_s, run_at_once, tokens_per_s
+from serving_load import Ask, Enough, Prompts, Reply, all_done_s, run_at_once, tokens_per_s
 
 
 def reply(*times: float, asked_at: float = 0.0) -> Reply:
@@ -29,7 +30,7 @@ def test_requests_run_together_and_an_incomplete_reply_is_an_error() -> None:
     """Each request has a thread of its own; a reply of another length is not measured."""
     together = threading.Barrier(2, timeout=10)
 
-    def answer(ask: Ask) -> list[float]:
+    def answer(ask: Ask, _: Enough) -> list[float]:
         together.wait()
         return [float(token) for token in ask.tokens]
 
@@ -37,6 +38,28 @@ def test_requests_run_together_and_an_incomplete_reply_is_an_error() -> None:
     assert [r.token_times for r in run_at_once(asks, answer)] == [(1.0, 2.0), (3.0, 4.0)]
     with pytest.raises(RuntimeError, match="3 tokens were asked for, 2 came"):
         run_at_once([asks[0], Ask(tokens=(3, 4), reply_tokens=3)], answer)
+
+
+def test_streams_that_last_end_with_the_request_that_they_are_measured_for() -> None:
+    """They are not held to a length, and go on no longer than until it is answered."""
+    runs = threading.Event()
+
+    def answer(ask: Ask, enough: Enough) -> list[float]:
+        if not ask.lasts:
+            assert runs.wait(10)
+            return [0.0]
+        times = []
+        for number in itertools.count():
+            times.append(float(number))
+            runs.set()
+            if enough():
+                return times
+        raise AssertionError
+
+    asks = [Ask(tokens=(1,), reply_tokens=10, lasts=True), Ask(tokens=(2,), reply_tokens=1)]
+    lasting, short = run_at_once(asks, answer)
+    assert lasting.token_times
+    assert short.token_times == (0.0,)
 
 
 def test_prompts_have_exact_lengths_and_differ_from_the_start() -> None:

@@ -110,7 +110,7 @@ def test_more_replies_than_a_batch_holds_take_turns() -> None:
 @given(
     reply_ms=st.floats(0.5, 300),
     token_ms=st.floats(0.05, 25),
-    slower=st.floats(1, 1.5),
+    slower=st.floats(1, 1.2),
     n_replies=st.integers(1, 8),
     target_ms=st.integers(20, 400),
 )
@@ -132,7 +132,7 @@ def test_replies_wait_for_the_target_and_two_of_their_steps_at_most(
         assert count, "the prompt gets on"
         each_ms = token_ms * (1 + (slower - 1) * long.computed / long.length)
         seconds = alone_s + count * each_ms / 1000
-        assert seconds <= (target_ms / 1000 + 2 * alone_s) * 1.01
+        assert seconds <= (target_ms / 1000 + 2 * alone_s) * 1.05
         pace.note(count, n_replies, seconds)
         long.computed += count
 
@@ -146,3 +146,21 @@ def test_a_model_that_is_slower_than_the_target_computes_prompts_all_the_same() 
     active = [request(0, 5, 0, generating=True), request(1, 900, 0, generating=False)]
     tick = composer.compose(active, pace)
     assert tick.n_tokens - tick.n_replies == 37
+
+
+def test_prompts_get_on_where_the_machine_has_become_slower() -> None:
+    """Slowness that replies share is not taken for the prompt's, which gets its part of a step."""
+    composer = TickComposer(512, None, 100)
+    pace = Pace()
+    pace.note(0, 2, 0.03)
+    pace.note(64, 0, 0.3)
+    active = [request(n, 5, 0, generating=True) for n in range(2)]
+    active.append(request(2, 900, 0, generating=False))
+    parts = []
+    for _ in range(30):
+        tick = composer.compose(active, pace)
+        count = tick.n_tokens - tick.n_replies
+        seconds = 0.3 + count * 0.05  # ten times as long as before
+        parts.append(1 - 0.3 / seconds)
+        pace.note(count, tick.n_replies, seconds)
+    assert min(parts[-10:]) > 0.35

@@ -16,13 +16,11 @@ _MIN_CHUNK: Final = 64
 _LEAST: Final = 4
 """Prompt tokens in a step with replies, however slow the model is: prompts must get on."""
 _SHARE: Final = 0.75
-"""What prompts get at least, of the time that replies alone take. On a model whose replies take
-the whole target they would hardly get on otherwise; and this way, with some room for what the
-last steps did not show, replies come within the target and two of their own steps."""
+"""What prompts get at least, of the time that the replies of a step take."""
 _WEIGHT: Final = 0.25
 """Of a new measurement in a moving average."""
 _SLOWER_WEIGHT: Final = 0.5
-"""The same where prompts have become slower, as they do with all that they look back at."""
+"""The same where steps have become slower, as those of prompts do with all that they look at."""
 
 
 class Pace:
@@ -34,6 +32,8 @@ class Pace:
         self.step_s = 0.0
         """A step of replies alone; 0.0 until it was measured."""
         self.replies_per_step = 0.0
+        self._beside_s = 0.0
+        """What the replies of a step with prompts take: ``step_s``, and how that has changed."""
 
     def note(self, prompt_tokens: int, replies: int, seconds: float) -> None:
         """A step was computed."""
@@ -43,13 +43,37 @@ class Pace:
             self.step_s += _WEIGHT * (seconds - self.step_s) if self.step_s else seconds
             more = replies - self.replies_per_step
             self.replies_per_step += _WEIGHT * more if self.replies_per_step else replies
-        elif prompt_tokens >= _LEAST:
-            # What the replies in it cost is theirs; and never all of it, should that be off.
-            own_s = max(seconds - (self.step_s if replies else 0.0), seconds / 4)
-            rate = prompt_tokens / own_s
-            before = self.prefill_tokens_per_s
-            weight = _WEIGHT if rate > before else _SLOWER_WEIGHT
-            self.prefill_tokens_per_s += weight * (rate - before) if before else rate
+            self._beside_s = self.step_s
+        elif not replies or not self._beside_s:
+            self._note_rate(prompt_tokens / seconds)
+        elif not self.prefill_tokens_per_s:
+            # Never all of it the replies', should what they took before be off.
+            self._note_rate(prompt_tokens / max(seconds - self._beside_s, seconds / 4))
+        else:
+            # What slows both down, another process or more cells to look through, is shared by
+            # both: a prompt alone would have to make up for what it does not cost.
+            expected_s = self._beside_s + prompt_tokens / self.prefill_tokens_per_s
+            change = seconds / expected_s - 1.0
+            factor = 1.0 + (_SLOWER_WEIGHT if change > 0.0 else _WEIGHT) * change
+            self._beside_s *= factor
+            self.prefill_tokens_per_s /= factor
+
+    def _note_rate(self, rate: float) -> None:
+        before = self.prefill_tokens_per_s
+        weight = _WEIGHT if rate > before else _SLOWER_WEIGHT
+        self.prefill_tokens_per_s += weight * (rate - before) if before else rate
+
+    def prompt_tokens_within(self, target_s: float) -> int:
+        """As many as a step with the replies has within that time; few before they were measured.
+
+        Three quarters of what the replies take at least: where they alone take the target, a
+        prompt would hardly get on. So replies come within the target and two of their own
+        steps, with some room for what the last steps did not show.
+        """
+        if not self.prefill_tokens_per_s:
+            return _MIN_CHUNK
+        left_s = max(target_s - self._beside_s, _SHARE * self._beside_s)
+        return max(_LEAST, int(left_s * self.prefill_tokens_per_s))
 
     @property
     def decode_tokens_per_s(self) -> float:
@@ -116,8 +140,8 @@ class TickComposer:
         room -= n_tokens
         if not prompts:
             return Tick(batch, rows, n_tokens, len(replies))
-        if rows and pace is not None:
-            room = min(room, self._beside_replies(pace))
+        if rows and pace is not None and self._stall_target_s:
+            room = min(room, pace.prompt_tokens_within(self._stall_target_s))
         # Whoever had no part for longest comes first, so that nobody is passed over for ever.
         prompts.sort(key=_last_turn)
         for request in prompts:
@@ -130,15 +154,6 @@ class TickComposer:
                 room -= count
                 n_tokens += count
         return Tick(batch, rows, n_tokens, len(replies))
-
-    def _beside_replies(self, pace: Pace) -> int:
-        """Prompt tokens in a step that replies wait for; few before their cost is known."""
-        if not self._stall_target_s:
-            return self._batch_tokens
-        if not pace.prefill_tokens_per_s:
-            return _MIN_CHUNK
-        left_s = max(self._stall_target_s - pace.step_s, _SHARE * pace.step_s)
-        return max(_LEAST, int(left_s * pace.prefill_tokens_per_s))
 
 
 def _last_turn(request: Request) -> int:

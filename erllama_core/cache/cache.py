@@ -17,8 +17,8 @@ from erllama_core.cache.budget import Hold, MemoryBudget, MemoryUse
 from erllama_core.cache.catalog import MARKS_SHARE, Catalog, Evicted
 from erllama_core.cache.counters import Counters
 from erllama_core.cache.discovery import Discovery, Wanted
+from erllama_core.cache.entry import Entry
 from erllama_core.cache.flow import Flow, Route
-from erllama_core.cache.index import Entry
 from erllama_core.cache.loader import Fetch, Loader
 from erllama_core.cache.lookup import Match
 from erllama_core.cache.meta import BlockMeta

@@ -17,8 +17,8 @@ import attrs
 
 from erllama_core.cache.catalog import Catalog
 from erllama_core.cache.durability import Unsynced
+from erllama_core.cache.entry import Copy, Entry
 from erllama_core.cache.eviction import Use, score_ns
-from erllama_core.cache.index import Copy, Entry
 from erllama_core.cache.lanes import Lane, Work
 from erllama_core.cache.pages import PooledPages
 from erllama_core.cache.reading import read_object

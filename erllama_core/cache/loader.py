@@ -13,9 +13,9 @@ import attrs
 
 from erllama_core.cache.catalog import Catalog
 from erllama_core.cache.deadlines import Deadlines
+from erllama_core.cache.entry import Copy, Entry
 from erllama_core.cache.eviction import Use
 from erllama_core.cache.gate import Line
-from erllama_core.cache.index import Copy, Entry
 from erllama_core.cache.lanes import Lane, Work
 from erllama_core.cache.lookup import Match
 from erllama_core.cache.marks import decode_mark

@@ -90,6 +90,8 @@ class Cache:
         self._pid: Final = os.getpid()
         self._closing: Final = threading.Lock()
         self._closed = False
+        self._replacing: Final = tuple(threading.Lock() for _ in range(16))
+        """One for the keys that begin alike: under it an explicit object is replaced."""
         self._write_timeout_s: Final = write_timeout_s
         self.budget: Final = MemoryBudget(memory_budget_bytes, max_inflight_bytes)
         self._quota_holds: Final[dict[str, Hold | None]] = {}
@@ -119,8 +121,9 @@ class Cache:
     def save(self, tier: str, meta: BlockMeta, payload: Bytes) -> tuple[CacheKey, Header, int]:
         """Store a payload of the caller's own; its key, header and size in the tier.
 
-        Blocks until the tier has it. No policy applies, and no model ever reads it. Raises
-        TierError, TierFull, ValueError for an unknown tier.
+        Blocks until the tier has it. Of two saves of one key the later one stands. No policy
+        applies, and no model ever reads it. Raises TierError, TierFull, ValueError for an
+        unknown tier.
         """
         store = self._open().store(tier)
         object_id = meta.object_id()
@@ -138,11 +141,13 @@ class Cache:
             info={**meta.info(), "created_ns": time.time_ns()},
         )
         entry = Entry(object_id, meta.end, meta.namespace, b"", b"", b"")
-        # One key may be saved with another payload: it names the tokens, not the bytes.
-        with contextlib.suppress(CacheError):
-            self._catalog.remove(store, object_id)
-        with memoryview(payload) as view:
-            self._catalog.put(store, entry, head, view, meta.save_reason, durable=True)
+        # One key may be saved with another payload: it names the tokens, not the bytes. Tiers
+        # keep what they have under a name, so what is there goes, and nobody comes in between.
+        with self._replacing[object_id.key[0] % len(self._replacing)]:
+            with contextlib.suppress(CacheError):
+                self._catalog.remove(store, object_id)
+            with memoryview(payload) as view:
+                self._catalog.put(store, entry, head, view, meta.save_reason, durable=True)
         self._catalog.counters.add(f"saves_{meta.save_reason}")
         header = decode_header(head)
         return CacheKey(object_id.key), header, header.size_bytes

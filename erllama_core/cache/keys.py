@@ -76,8 +76,9 @@ class ContextKeys:
         self.align_tokens: Final = align_tokens
         self._step: Final = align_tokens * TOKEN_BYTES
         self._states = [hashlib.sha256(namespace)]
-        self._digests = [self._states[0].digest()]
-        """Of the states: a look-up asks for each of them twice, and a save once more."""
+        self._digests: list[bytes | None] = [None]
+        """Of the states, once asked for: a look-up asks twice, where a block ends and another
+        begins, and a save once more."""
 
     def __len__(self) -> int:
         return len(self.tokens) // TOKEN_BYTES
@@ -93,9 +94,12 @@ class ContextKeys:
             state = states[-1].copy()
             state.update(self.tokens[at : at + self._step])
             states.append(state)
-            self._digests.append(state.digest())
+            self._digests.append(None)
         if not rest:
-            return self._digests[whole]
+            digest = self._digests[whole]
+            if digest is None:
+                digest = self._digests[whole] = states[whole].digest()
+            return digest
         state = states[whole].copy()
         state.update(self.tokens[whole * self._step : n * TOKEN_BYTES])
         return state.digest()

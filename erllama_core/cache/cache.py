@@ -51,6 +51,8 @@ from erllama_core.prompt import pack
 from erllama_core.results import CacheKey
 
 MAX_INFLIGHT_BYTES: Final = 256 << 20
+WRITER_THREADS: Final = 1
+LOADER_THREADS: Final = 2
 READ_TIMEOUT_S: Final = 5.0
 WRITE_TIMEOUT_S: Final = 30.0
 POOL_IDLE_BYTES: Final = 64 << 20
@@ -78,8 +80,8 @@ class Cache:
         tiers: Sequence[NamedTier],
         *,
         max_inflight_bytes: int = MAX_INFLIGHT_BYTES,
-        writer_threads: int = 1,
-        loader_threads: int = 2,
+        writer_threads: int = WRITER_THREADS,
+        loader_threads: int = LOADER_THREADS,
         read_timeout_s: float = READ_TIMEOUT_S,
         write_timeout_s: float = WRITE_TIMEOUT_S,
         marks_share: float = MARKS_SHARE,

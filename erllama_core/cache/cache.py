@@ -18,12 +18,13 @@ from erllama_core.cache.catalog import MARKS_SHARE, Catalog, Evicted
 from erllama_core.cache.counters import Counters
 from erllama_core.cache.discovery import Discovery, Wanted
 from erllama_core.cache.entry import Entry
-from erllama_core.cache.flow import Flow, Route
+from erllama_core.cache.flow import Flow
 from erllama_core.cache.loader import Fetch, Loader
 from erllama_core.cache.lookup import Match
 from erllama_core.cache.meta import BlockMeta
 from erllama_core.cache.named import NamedObjects
 from erllama_core.cache.pages import PagePool
+from erllama_core.cache.passage import Route
 from erllama_core.cache.pinning import Pinning, not_whole
 from erllama_core.cache.pins import Pinned
 from erllama_core.cache.report import Row, Usage, rows_of, usage_of

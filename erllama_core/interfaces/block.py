@@ -40,7 +40,7 @@ import attrs
 import xxhash
 
 from erllama_core.errors import CorruptBlock, UnknownFormat
-from erllama_core.prompt import TOKEN_BYTES as TOKEN_BYTES  # for plugins, too
+from erllama_core.prompt import TOKEN_BYTES as TOKEN_BYTES  # noqa: PLC0414 - plugins have it from here
 
 MAGIC: Final = b"ERLLAMA\0"
 FORMAT_VERSION: Final = 1

@@ -784,6 +784,73 @@ def test_for_coroutines(engine: Engine, files: Callable[[str], Path]) -> None:
     asyncio.run(use())
 
 
+def test_a_cancelled_task_takes_its_change_back(
+    engine: Engine, files: Callable[[str], Path]
+) -> None:
+    """Whoever cancels a coroutine's change gets it not made, and those it held up go on."""
+    held = gate("cancelled change")
+    model = load_stub(
+        engine,
+        context_opts={"n_seq_max": 2},
+        faults={"hang_step": 3, "hang_gate": "cancelled change", "hang_deaf": True},
+    )
+    left: list[int] = []
+    loaded: list[Any] = []
+    load = model._backend.load_adapter  # type: ignore[attr-defined]
+
+    def kept(path: Path) -> Any:
+        loaded.append(load(path))
+        return loaded[-1]
+
+    model._backend.load_adapter = kept  # type: ignore[attr-defined]
+
+    async def use() -> None:
+        running = await engine.aio.infer(model, PROMPT, response_tokens=20)
+        assert await asyncio.to_thread(held.wait_reached, 10)
+        change = asyncio.create_task(engine.aio.load_adapter(model, files("a")))
+        await asyncio.to_thread(wait_until, lambda: changes_asked(model) == 1)
+        change.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await change
+        left.append(changes_asked(model))
+        held.open()
+        await running.result_async()
+
+    asyncio.run(use())
+    assert left == [0]
+    assert model.list_adapters() == []
+    wait_until(lambda: loaded[0].is_closed)
+    assert says(model.complete(PROMPT, response_tokens=5))
+
+
+def test_a_change_that_is_taken_back_before_it_is_asked_for(
+    engine: Engine, files: Callable[[str], Path]
+) -> None:
+    """A task that is cancelled while the file is read never changes anything."""
+    model = load_stub(engine)
+    reading, go_on = threading.Event(), threading.Event()
+    load = model._backend.load_adapter  # type: ignore[attr-defined]
+
+    def slowly(path: Path) -> Any:
+        reading.set()
+        assert go_on.wait(10)
+        return load(path)
+
+    model._backend.load_adapter = slowly  # type: ignore[attr-defined]
+
+    async def use() -> None:
+        change = asyncio.create_task(engine.aio.load_adapter(model, files("a")))
+        assert await asyncio.to_thread(reading.wait, 10)
+        change.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await change
+        go_on.set()
+
+    asyncio.run(use())  # waits for the thread
+    assert changes_asked(model) == 0
+    assert model.list_adapters() == []
+
+
 def test_adapters_that_left_are_freed(engine: Engine, files: Callable[[str], Path]) -> None:
     """Weights are closed when nothing computes with them: after leaving, failing, and closing."""
     model = load_stub(engine)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from erllama_core.cache.index import Entry, Index
+from erllama_core.cache.entry import Entry
+from erllama_core.cache.index import Index
 from erllama_core.cache.keys import ContextKeys
 from erllama_core.interfaces.block import ObjectId, ObjectKind
 

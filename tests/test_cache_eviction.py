@@ -9,8 +9,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from cache_contexts import CLASSES, space_of, store
 from erllama_core import Cache, NamedTier
 from erllama_core.cache.catalog import Catalog
+from erllama_core.cache.entry import Copy, Entry
 from erllama_core.cache.eviction import ORPHAN_GRACE_S, score_ns
-from erllama_core.cache.index import Copy, Entry
 from erllama_core.cache.keys import ContextKeys
 from erllama_core.cache.ram import RamTier
 from erllama_core.cache.tiers import TierStore

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -12,11 +12,12 @@ from structlog.testing import capture_logs
 
 from cache_contexts import space_of, store
 from erllama_backend_stub.faults import gate
-from erllama_core import Cache, Engine, NamedTier
+from erllama_core import BlockMeta, Cache, Engine, NamedTier
 from erllama_core.cache.durability import Unsynced
 from erllama_core.cache.loader import Fetch
 from erllama_core.cache.ram import RamTier
 from erllama_core.interfaces.block import ObjectId, ObjectKind
+from erllama_core.interfaces.tier import TierUsage
 from erllama_tier_disk.store import FileTier
 from held_tier import HeldTier, engine_with
 from stub_engine import KV_CLASSES, load_stub, make_engine
@@ -531,3 +532,51 @@ def test_files_are_made_durable(tmp_path: Path) -> None:
         found = tiers_of(engine)
         finished = {o for o in found["tmpfs"] if o[0] == "kv" or o[2] == len(PROMPT) + 4}
         assert found["disk"] == finished
+
+
+# ------------------------------------------------------------- explicit saves
+
+
+class InterruptedTier(RamTier):
+    """Has somebody else at work while a save makes room for its object."""
+
+    def __init__(self) -> None:
+        super().__init__(1 << 20)
+        self.meanwhile: Callable[[], None] | None = None
+
+    def usage(self) -> TierUsage:
+        meanwhile, self.meanwhile = self.meanwhile, None
+        if meanwhile is not None:
+            meanwhile()
+        return super().usage()
+
+
+def test_of_two_saves_of_one_key_the_later_one_stands() -> None:
+    """What was reported as stored last is what is there, with its size."""
+    tier = InterruptedTier()
+    stored: list[int] = []
+    meta = BlockMeta(
+        save_reason="cold",
+        fingerprint=bytes(32),
+        fingerprint_mode="safe",
+        quant_type="f16",
+        quant_bits=16,
+        ctx_params_hash=bytes(32),
+        tokens=(1, 2),
+        context_size=64,
+    )
+    with Cache(
+        [NamedTier("ram", "ram", tier)], on_event=lambda event: stored.append(event.size_bytes)
+    ) as cache:
+        other = threading.Thread(target=lambda: cache.save("ram", meta, b"the other payload"))
+
+        def meanwhile() -> None:
+            other.start()
+            other.join(0.2)  # it should wait until this save is over
+
+        tier.meanwhile = meanwhile
+        key, _, _ = cache.save("ram", meta, b"one payload")
+        other.join(10)
+        assert cache.load("ram", key)[1] == b"the other payload"
+        (row,) = cache.dump()
+        assert row.size_bytes == stored[-1] == tier.usage().used_bytes

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from erllama_core import Cache, NamedTier
-from erllama_core.cache.index import Entry
+from erllama_core.cache.entry import Entry
 from erllama_core.cache.keys import ContextKeys
 from erllama_core.cache.loader import Fetch
 from erllama_core.cache.ram import RamTier

@@ -29,6 +29,7 @@ from erllama_core.interfaces.tier import (
 )
 from erllama_tier_disk.store import FileTier
 from stub_engine import KV_CLASSES, load_stub, make_engine
+from waiting import wait_until
 
 PROMPT = ("What one process has computed, another one need not compute: not even at once. " * 3)[
     :224
@@ -358,7 +359,7 @@ def test_the_janitor_evicts_what_others_stored(tmp_path: Path) -> None:
         with follower.cache:
             third = FileTier(tmp_path)
             fill(third, 40)
-            leader.wait_for_passes()
+            leader.wait_for_passes(3)  # a pass keeps to the quota after its rescan
             used = sum(path.stat().st_size for path in tmp_path.rglob("*.kvc"))
             assert 0 < used <= quota
             assert leader.cache.counters().evictions > 0
@@ -376,7 +377,7 @@ def test_the_next_janitor_takes_over(tmp_path: Path) -> None:
     with second.cache:
         first.cache.close()
         fill(FileTier(tmp_path), 40)
-        second.wait_for_passes()
+        second.wait_for_passes(3)
         assert second.cache.counters().evictions > 0
         assert second.tier.usage().used_bytes <= 20_000
 
@@ -386,7 +387,7 @@ def test_a_smaller_quota_is_kept_from_the_start(tmp_path: Path) -> None:
     fill(FileTier(tmp_path), 40)
     told = Told(tmp_path, quota_bytes=20_000, interval_s=0.02)
     with told.cache:
-        told.wait_for_passes()
+        told.wait_for_passes(3)
         assert told.tier.usage().used_bytes <= 20_000
 
 
@@ -406,6 +407,20 @@ def test_upkeep_spares_what_other_processes_use(tmp_path: Path) -> None:
         assert {row.key for row in cache.dump()} == {object_id.key for object_id in ids[:5]}
         cache.gc()  # which was asked for, and spares nothing
         assert cache.dump() == []
+
+
+def test_a_smaller_quota_is_kept_to_without_rescans(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A root that one process uses is not looked through, and its quota holds all the same."""
+    monkeypatch.setattr("erllama_core.cache.upkeep._PAUSE_S", 0.01)
+    tier = FileTier(tmp_path, quota_bytes=20_000, rescan_interval_s=0)
+    fill(tier, 10)
+    with Cache([NamedTier("disk", "disk", tier)]) as cache:
+        assert cache.wait_scanned(10)
+        cache.set_quota("disk", 5000)
+        wait_until(lambda: tier.usage().used_bytes <= 5000)
+        assert cache.dump()
 
 
 def test_times_in_the_future_spare_nothing(tmp_path: Path) -> None:

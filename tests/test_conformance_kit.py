@@ -388,7 +388,7 @@ def test_a_wrong_tier_is_caught(
     tier: type[GoodTier], test: str, takes_tier: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each tier that breaks one promise fails the test of that promise."""
-    monkeypatch.setattr("erllama_core.conformance.tier._PATIENCE_S", 0.4)
+    monkeypatch.setattr("erllama_core.conformance.tier.threads._PATIENCE_S", 0.4)
     monkeypatch.setattr("erllama_core.conformance.kit._JOIN_S", 0.05)
     LeaksAThread.go_on.clear()
     subject = tier_subject(tier)

@@ -53,13 +53,13 @@ def test_the_demo_shows_what_it_promises(demo_model_path: Path) -> None:
     assert steps["exact"]["reply"] == steps["restart"]["reply"]
 
 
-@pytest.mark.real_model
-def test_the_demo_with_a_file_that_is_no_model(tmp_path: Path) -> None:
-    """One line on standard error, exit code 1, no traceback."""
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_the_demo_with_a_file_that_is_no_model(tmp_path: Path, flags: list[str]) -> None:
+    """One line on standard error, exit code 1, no traceback, no empty table."""
     path = tmp_path / "not-a-model.gguf"
     path.write_bytes(b"x" * 1000)
     result = subprocess.run(
-        [sys.executable, "-m", "erllama_core", "demo", "--json", "--model", str(path)],
+        [sys.executable, "-m", "erllama_core", "demo", *flags, "--model", str(path)],
         capture_output=True,
         text=True,
         check=False,

@@ -40,3 +40,15 @@ def test_unknown_ids_are_idle() -> None:
         assert engine.phase("nobody") == "idle"
         assert engine.pending_len("nobody") == 0
         assert engine.last_cache_hit("nobody") is None
+
+
+def test_a_model_that_was_unloaded_is_not_its_successor() -> None:
+    """What is asked of it is not answered for another model under its id."""
+    with make_engine() as engine:
+        before = load_stub(engine)
+        before.complete("a prompt", response_tokens=2)
+        before.unload()
+        after = load_stub(engine)
+        after.complete("another prompt", response_tokens=2)
+        assert engine.last_cache_hit(after) is not None
+        assert engine.last_cache_hit(before) is None

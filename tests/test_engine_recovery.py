@@ -16,7 +16,7 @@ from erllama_backend_stub.faults import gate
 from erllama_backend_stub.model import StubModel
 from erllama_core import BlockMeta, Cache, CacheDelta, Engine, NamedTier, load_config
 from erllama_core.cache import eviction
-from erllama_core.cache.index import Copy
+from erllama_core.cache.entry import Copy
 from erllama_core.cache.ram import RamTier
 from erllama_core.errors import EngineClosed, PluginFailed, TierError
 from erllama_core.hookspecs import hookimpl

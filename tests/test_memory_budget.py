@@ -11,18 +11,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cache_contexts import store
+from erllama_backend_stub import gate
 from erllama_core import BlockMeta, Cache, Engine, Evicted, NamedTier, PluginHost, load_config
 from erllama_core.cache.budget import MemoryBudget, MemoryUse, in_words
 from erllama_core.cache.pages import PagePool, PooledPages
 from erllama_core.cache.ram import RamTier
 from erllama_core.cache.space import ModelSpace
-from erllama_core.errors import ConfigError, MemoryBudgetExceeded, ModelLoadError
+from erllama_core.errors import (
+    AdapterLoadError,
+    ConfigError,
+    DecodeTimeout,
+    MemoryBudgetExceeded,
+    ModelLoadError,
+)
 from erllama_core.hookspecs import hookimpl
 from erllama_core.interfaces.backend import BackendRequest, KVClass, MemoryEstimate
 from erllama_core.providers import BackendProvider
 from erllama_tier_disk.store import FileTier
 from stub_engine import load_stub, make_engine
 from tiny_gguf import write_tiny_gguf
+from waiting import wait_until
 
 KIB, MIB = 1 << 10, 1 << 20
 PROMPT = "Every lamp that is lit takes some of the oil, and the oil is what the keeper counts. "
@@ -321,6 +329,64 @@ def test_write_back_frees_no_memory_into_memory(tmp_path: Path, lowest: str | No
 
 
 # ----------------------------------------------------------------------- models
+
+
+def test_adapters_are_set_aside(tmp_path: Path) -> None:
+    """An adapter counts with its file's size until it is freed; without room it is refused."""
+    small, large = tmp_path / "small", tmp_path / "large"
+    small.write_bytes(b"stub adapter\n".ljust(KIB))
+    large.write_bytes(b"stub adapter\n".ljust(MIB))
+    with budgeted(256 * KIB) as engine:
+        with pytest.raises(AdapterLoadError, match=r"'large' would take 1\.0 MiB"):
+            load_stub(engine, adapters=[small, large])
+        assert engine.cache.memory().holders == {}
+        model = load_stub(engine, adapters=[small])
+        alone = engine.cache.memory().holders["model 'stub'"]
+        assert engine.cache.memory().used_bytes == alone + KIB
+        with pytest.raises(AdapterLoadError, match=r"adapter 'small' of model 'stub' 1\.0 KiB"):
+            model.load_adapter(large)
+        model.load_adapter(small, name="again")
+        model.set_adapter_scale("again", 0.5)
+        assert engine.cache.memory().used_bytes == alone + 2 * KIB
+        model.unload_adapter("small")
+        assert engine.cache.memory().holders == {
+            "model 'stub'": alone,
+            "adapter 'again' of model 'stub'": KIB,
+        }
+        small.write_bytes(b"no adapter")
+        with pytest.raises(AdapterLoadError):
+            model.load_adapter(small, name="broken")
+        assert engine.cache.memory().used_bytes == alone + KIB
+        model.unload()
+        assert engine.cache.memory().holders == {}
+
+
+def test_a_context_that_hangs_is_counted_until_it_comes_back() -> None:
+    """The context in its place takes as much again; what is cached gives way to that."""
+    held = gate("lost context")
+    with budgeted(300 * KIB) as engine:
+        model = load_stub(
+            engine,
+            cell_bytes=128,
+            context_opts={"n_ctx": 1024, "decode_budget_ms": 40},
+            faults={"hang_step": 6, "hang_gate": "lost context", "hang_deaf": True},
+        )
+        engine.cache.save("ram", meta(1), bytes(100 * KIB))
+        stream = model.infer(PROMPT, response_tokens=30)
+        assert held.wait_reached(10)
+        with pytest.raises(DecodeTimeout):
+            stream.result()
+        assert len(model.complete(PROMPT, response_tokens=5).generated) == 5
+        memory = engine.cache.memory()
+        assert memory.holders == {
+            "model 'stub'": 128 * KIB,
+            "context of model 'stub' that does not come back": 128 * KIB,
+        }
+        assert memory.used_bytes <= 300 * KIB
+        model.unload()
+        assert set(engine.cache.memory().holders) == set(memory.holders), "it is taken still"
+        held.open()
+        wait_until(lambda: not engine.cache.memory().holders)
 
 
 def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded() -> None:

@@ -20,7 +20,8 @@ class MemoryUse:
     idle_bytes: int
     """Of these, buffers that wait to be used again."""
     holders: Mapping[str, int]
-    """What was set aside: for each model its estimate, for each tier on a tmpfs its quota."""
+    """What was set aside: for each model its estimate, for each adapter its file's size, for each
+    tier on a tmpfs its quota, and contexts that were given up and are not freed."""
 
     @property
     def used_bytes(self) -> int:

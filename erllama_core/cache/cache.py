@@ -17,13 +17,14 @@ from erllama_core.cache.budget import Hold, MemoryBudget, MemoryUse
 from erllama_core.cache.catalog import MARKS_SHARE, Catalog, Evicted
 from erllama_core.cache.counters import Counters
 from erllama_core.cache.discovery import Discovery, Wanted
-from erllama_core.cache.flow import Flow, Route
-from erllama_core.cache.index import Entry
+from erllama_core.cache.entry import Entry
+from erllama_core.cache.flow import Flow
 from erllama_core.cache.loader import Fetch, Loader
 from erllama_core.cache.lookup import Match
 from erllama_core.cache.meta import BlockMeta
 from erllama_core.cache.named import NamedObjects
 from erllama_core.cache.pages import PagePool
+from erllama_core.cache.passage import Route
 from erllama_core.cache.pinning import Pinning, not_whole
 from erllama_core.cache.pins import Pinned
 from erllama_core.cache.report import Row, Usage, rows_of, usage_of
@@ -51,6 +52,8 @@ from erllama_core.prompt import pack
 from erllama_core.results import CacheKey
 
 MAX_INFLIGHT_BYTES: Final = 256 << 20
+WRITER_THREADS: Final = 1
+LOADER_THREADS: Final = 2
 READ_TIMEOUT_S: Final = 5.0
 WRITE_TIMEOUT_S: Final = 30.0
 POOL_IDLE_BYTES: Final = 64 << 20
@@ -78,8 +81,8 @@ class Cache:
         tiers: Sequence[NamedTier],
         *,
         max_inflight_bytes: int = MAX_INFLIGHT_BYTES,
-        writer_threads: int = 1,
-        loader_threads: int = 2,
+        writer_threads: int = WRITER_THREADS,
+        loader_threads: int = LOADER_THREADS,
         read_timeout_s: float = READ_TIMEOUT_S,
         write_timeout_s: float = WRITE_TIMEOUT_S,
         marks_share: float = MARKS_SHARE,
@@ -90,6 +93,8 @@ class Cache:
         self._pid: Final = os.getpid()
         self._closing: Final = threading.Lock()
         self._closed = False
+        self._replacing: Final = tuple(threading.Lock() for _ in range(16))
+        """One for the keys that begin alike: under it an explicit object is replaced."""
         self._write_timeout_s: Final = write_timeout_s
         self.budget: Final = MemoryBudget(memory_budget_bytes, max_inflight_bytes)
         self._quota_holds: Final[dict[str, Hold | None]] = {}
@@ -119,8 +124,9 @@ class Cache:
     def save(self, tier: str, meta: BlockMeta, payload: Bytes) -> tuple[CacheKey, Header, int]:
         """Store a payload of the caller's own; its key, header and size in the tier.
 
-        Blocks until the tier has it. No policy applies, and no model ever reads it. Raises
-        TierError, TierFull, ValueError for an unknown tier.
+        Blocks until the tier has it. Of two saves of one key the later one stands. No policy
+        applies, and no model ever reads it. Raises TierError, TierFull, ValueError for an
+        unknown tier.
         """
         store = self._open().store(tier)
         object_id = meta.object_id()
@@ -138,11 +144,13 @@ class Cache:
             info={**meta.info(), "created_ns": time.time_ns()},
         )
         entry = Entry(object_id, meta.end, meta.namespace, b"", b"", b"")
-        # One key may be saved with another payload: it names the tokens, not the bytes.
-        with contextlib.suppress(CacheError):
-            self._catalog.remove(store, object_id)
-        with memoryview(payload) as view:
-            self._catalog.put(store, entry, head, view, meta.save_reason, durable=True)
+        # One key may be saved with another payload: it names the tokens, not the bytes. Tiers
+        # keep what they have under a name, so what is there goes, and nobody comes in between.
+        with self._replacing[object_id.key[0] % len(self._replacing)]:
+            with contextlib.suppress(CacheError):
+                self._catalog.remove(store, object_id)
+            with memoryview(payload) as view:
+                self._catalog.put(store, entry, head, view, meta.save_reason, durable=True)
         self._catalog.counters.add(f"saves_{meta.save_reason}")
         header = decode_header(head)
         return CacheKey(object_id.key), header, header.size_bytes

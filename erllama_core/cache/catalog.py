@@ -11,8 +11,9 @@ from typing import Final
 import attrs
 
 from erllama_core.cache.counters import CounterSet
+from erllama_core.cache.entry import Copy, Entry
 from erllama_core.cache.eviction import EvictionQueue, Use, Victim
-from erllama_core.cache.index import Copy, Entry, Index
+from erllama_core.cache.index import Index
 from erllama_core.cache.pages import PagePool
 from erllama_core.cache.pins import TierPins
 from erllama_core.cache.tiers import NamedTier, TierStore

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from erllama_core.cache.catalog import Catalog
-from erllama_core.cache.index import Entry
+from erllama_core.cache.entry import Entry
 from erllama_core.cache.keys import ContextKeys
 from erllama_core.cache.lookup import Match, entry_at
 from erllama_core.cache.tiers import TierStore

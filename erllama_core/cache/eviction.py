@@ -11,7 +11,8 @@ from typing import Final
 import attrs
 
 from erllama_core.cache.counters import Amount
-from erllama_core.cache.index import Copy, Entry, Index
+from erllama_core.cache.entry import Copy, Entry
+from erllama_core.cache.index import Index
 from erllama_core.cache.tiers import TierStore
 from erllama_core.interfaces.block import ObjectKind
 

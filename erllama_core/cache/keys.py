@@ -60,7 +60,7 @@ class ContextKeys:
     One thread at a time.
     """
 
-    __slots__ = ("_states", "_step", "align_tokens", "namespace", "text", "tokens")
+    __slots__ = ("_digests", "_states", "_step", "align_tokens", "namespace", "text", "tokens")
 
     def __init__(
         self,
@@ -76,6 +76,9 @@ class ContextKeys:
         self.align_tokens: Final = align_tokens
         self._step: Final = align_tokens * TOKEN_BYTES
         self._states = [hashlib.sha256(namespace)]
+        self._digests: list[bytes | None] = [None]
+        """Of the states, once asked for: a look-up asks twice, where a block ends and another
+        begins, and a save once more."""
 
     def __len__(self) -> int:
         return len(self.tokens) // TOKEN_BYTES
@@ -91,8 +94,12 @@ class ContextKeys:
             state = states[-1].copy()
             state.update(self.tokens[at : at + self._step])
             states.append(state)
+            self._digests.append(None)
         if not rest:
-            return states[whole].digest()
+            digest = self._digests[whole]
+            if digest is None:
+                digest = self._digests[whole] = states[whole].digest()
+            return digest
         state = states[whole].copy()
         state.update(self.tokens[whole * self._step : n * TOKEN_BYTES])
         return state.digest()

@@ -13,9 +13,9 @@ import attrs
 
 from erllama_core.cache.catalog import Catalog
 from erllama_core.cache.deadlines import Deadlines
+from erllama_core.cache.entry import Copy, Entry
 from erllama_core.cache.eviction import Use
 from erllama_core.cache.gate import Line
-from erllama_core.cache.index import Copy, Entry
 from erllama_core.cache.lanes import Lane, Work
 from erllama_core.cache.lookup import Match
 from erllama_core.cache.marks import decode_mark
@@ -77,11 +77,15 @@ class Fetch:
         self.mark: Mark | None = None
 
     def ranges(self) -> list[RangeImport]:
-        """The blocks as the backend imports them."""
-        return [
-            RangeImport(piece.entry.start, piece.entry.end, piece.stop, self.view(piece.entry))
-            for piece in self.match.pieces
-        ]
+        """The blocks as the backend imports them. Raises BlockNotFound."""
+        views = {part.entry: part.pages.view for part in self.parts if part.pages is not None}
+        try:
+            return [
+                RangeImport(piece.entry.start, piece.entry.end, piece.stop, views[piece.entry])
+                for piece in self.match.pieces
+            ]
+        except KeyError as error:
+            raise BlockNotFound(f"{error.args[0].object_id} was not fetched") from None
 
     def snapshot(self) -> memoryview | None:
         """The snapshot's bytes, when the match has one."""

@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from erllama_core.cache.catalog import Catalog
-from erllama_core.cache.flow import Draft, Flow, Route
-from erllama_core.cache.index import Entry
+from erllama_core.cache.entry import Entry
+from erllama_core.cache.flow import Flow
 from erllama_core.cache.keys import digest_fields
 from erllama_core.cache.loader import Loader
+from erllama_core.cache.passage import Draft, Route
 from erllama_core.cache.scan import entry_of
 from erllama_core.cache.tiers import TierStore
 from erllama_core.errors import BlockNotFound, CacheError, CorruptBlock

@@ -7,8 +7,10 @@ from typing import Final
 
 import attrs
 
-from erllama_core.cache.index import Entry, Index, Segment
+from erllama_core.cache.entry import Entry
+from erllama_core.cache.index import Index
 from erllama_core.cache.keys import common_tokens
+from erllama_core.cache.segment import Segment
 from erllama_core.cache.tiers import TierStore
 from erllama_core.interfaces.block import TOKEN_BYTES, ObjectKind
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from erllama_core.cache.catalog import Catalog
-from erllama_core.cache.index import Entry
+from erllama_core.cache.entry import Entry
 from erllama_core.cache.pages import PooledPages
 from erllama_core.cache.tiers import TierStore
 from erllama_core.errors import BlockNotFound, CorruptBlock

@@ -11,7 +11,7 @@ import attrs
 
 from erllama_core.cache.catalog import Catalog
 from erllama_core.cache.counters import Amount
-from erllama_core.cache.index import Entry
+from erllama_core.cache.entry import Entry
 from erllama_core.cache.tiers import TierStore
 from erllama_core.errors import CacheError
 from erllama_core.interfaces.block import ObjectId

@@ -11,7 +11,7 @@ from typing import Final
 
 from erllama_core.cache.anchors import read_anchors
 from erllama_core.cache.catalog import Catalog
-from erllama_core.cache.index import Entry
+from erllama_core.cache.entry import Entry
 from erllama_core.cache.pinning import Pinning
 from erllama_core.cache.tiers import TierStore
 from erllama_core.errors import CorruptBlock, UnknownFormat

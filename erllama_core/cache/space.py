@@ -11,13 +11,13 @@ import attrs
 from erllama_core.cache.anchors import Rendering, TextKeys
 from erllama_core.cache.cache import Cache
 from erllama_core.cache.discovery import wanted_after
-from erllama_core.cache.flow import Draft, Route, SaveBuffer
+from erllama_core.cache.entry import Entry
 from erllama_core.cache.gate import CostGate, Portion
-from erllama_core.cache.index import Entry
 from erllama_core.cache.keys import ContextKeys, adapted, salted
 from erllama_core.cache.loader import Fetch
 from erllama_core.cache.lookup import Divergence, Finder, Match, entry_at
 from erllama_core.cache.marks import MARK_SIZE, encode_mark
+from erllama_core.cache.passage import Draft, Route, SaveBuffer
 from erllama_core.cache.policy import WriteMode
 from erllama_core.cache.thinning import thin
 from erllama_core.cache.tiers import TierStore

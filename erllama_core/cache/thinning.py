@@ -9,7 +9,7 @@ from typing import Final
 import attrs
 
 from erllama_core.cache.catalog import Catalog
-from erllama_core.cache.index import Copy, Entry
+from erllama_core.cache.entry import Copy, Entry
 from erllama_core.cache.tiers import TierStore
 from erllama_core.interfaces.block import ObjectId, ObjectKind
 

@@ -59,14 +59,18 @@ class Upkeep:
     def _run(self) -> None:
         try:
             self._keep_to_quota()  # which may be a smaller one than in the last run
-            interval_s = min(self._shared.rescan_interval_s, threading.TIMEOUT_MAX)
-            pause_s = min(_PAUSE_S, interval_s)
-            while interval_s and not self._stopped.wait(pause_s):
-                self._store.upkeep_due.wait(interval_s - pause_s)
+            rescan_s = min(self._shared.rescan_interval_s, threading.TIMEOUT_MAX)
+            pause_s = min(_PAUSE_S, rescan_s) if rescan_s else _PAUSE_S
+            while not self._stopped.wait(pause_s):
+                # Without rescans there is the quota alone to keep, when it changes.
+                self._store.upkeep_due.wait(rescan_s - pause_s if rescan_s else None)
                 if self._stopped.is_set():
                     return
                 self._store.upkeep_due.clear()
-                self._pass()
+                if rescan_s:
+                    self._pass()
+                else:
+                    self._keep_to_quota()
         except Exception:
             log.exception("upkeep.failed", tier=self._store.name)
 

@@ -43,7 +43,7 @@ def demo(model_path: Path | None, as_json: bool) -> None:
     outcomes: list[Outcome] = []
     with tempfile.TemporaryDirectory(prefix="erllama-demo-") as root:
         live: AbstractContextManager[Live | None] = (
-            nullcontext() if as_json else Live(_table(outcomes), console=console)
+            nullcontext() if as_json else Live(_table(outcomes), console=console, transient=True)
         )
         with live as shown:
 
@@ -56,6 +56,7 @@ def demo(model_path: Path | None, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(_figures(description, outcomes), indent=2))
         return
+    console.print(_table(outcomes))  # what stood there before is gone, also where a step failed
     console.print(f"\n{description}")
     for outcome in outcomes:
         console.print(

@@ -13,6 +13,13 @@ from typing import Annotated, Any, Final, Literal
 
 import attrs
 
+from erllama_core.cache.cache import (
+    LOADER_THREADS,
+    MAX_INFLIGHT_BYTES,
+    READ_TIMEOUT_S,
+    WRITE_TIMEOUT_S,
+    WRITER_THREADS,
+)
 from erllama_core.cache.catalog import MARKS_SHARE
 from erllama_core.cache.policy import SavePolicy
 from erllama_core.config.converter import Prepare, Unexpected
@@ -26,7 +33,7 @@ from erllama_core.providers import ByteSize
 Problem = tuple[str, str]
 """A field, dotted where it is nested, and what is wrong with its value."""
 
-_INFLIGHT_BYTES: Final = ByteSize(256 << 20)
+_INFLIGHT_BYTES: Final = ByteSize(MAX_INFLIGHT_BYTES)
 _MIN_EVICT_BYTES: Final = ByteSize(1 << 20)
 _MOST_TOKENS: Final = (1 << 31) - 1
 _MOST_SCALE: Final = 3.4028234663852886e38  # the largest 32-bit float
@@ -109,13 +116,13 @@ class CacheConfig(SavePolicy):
     max_inflight_bytes: ByteSize = _INFLIGHT_BYTES
     """State that waits to be written to one tier, at most; that tier goes without what is
     beyond it, which is counted."""
-    writer_threads: int = 1
+    writer_threads: int = WRITER_THREADS
     """For each tier."""
-    loader_threads: int = 2
+    loader_threads: int = LOADER_THREADS
     """For each tier that is read from."""
-    read_timeout_ms: int = 5000
+    read_timeout_ms: int = round(READ_TIMEOUT_S * 1000)
     """What takes longer to read is computed instead, and its tier left alone for a while."""
-    write_timeout_ms: int = 30000
+    write_timeout_ms: int = round(WRITE_TIMEOUT_S * 1000)
     """``flush`` and ``close`` wait no longer for a tier that does nothing."""
     marks_share: float = MARKS_SHARE
     """Of each tier's quota: room for marks, which make exact hits instant."""

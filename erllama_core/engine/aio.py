@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import weakref
-from collections.abc import Hashable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final, Unpack
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final, TypeVar, Unpack
 
 from erllama_core.cache.cache import Cache
 from erllama_core.cache.catalog import Evicted
@@ -18,6 +18,7 @@ from erllama_core.engine.reload_plan import Reloaded
 from erllama_core.engine.reloading import ConfigSource
 from erllama_core.errors import EngineClosed
 from erllama_core.interfaces.block import Bytes, Header
+from erllama_core.model.adapters import Withdrawal
 from erllama_core.model.model import Model, ModelRef, PromptLike
 from erllama_core.model.options import ReplyKwargs, RequestKwargs
 from erllama_core.pressure.monitor import Monitor
@@ -28,6 +29,9 @@ from erllama_core.stream.stream import Stream
 
 if TYPE_CHECKING:
     from erllama_core.engine.engine import Engine
+
+
+_T = TypeVar("_T")
 
 
 class AsyncPressure:
@@ -112,6 +116,9 @@ class AsyncEngine:
             raise EngineClosed("the engine is gone")
         return engine
 
+    def _found(self, model: ModelRef) -> Model:
+        return self._sync.model(model) if isinstance(model, str) else model
+
     async def load_model(
         self, model_id: str | None = None, config: ModelConfig | None = None, **options: Any
     ) -> Model:
@@ -145,7 +152,7 @@ class AsyncEngine:
         pin: bool = False,
     ) -> Prefill:
         """See :meth:`Engine.prefill_only`."""
-        found = self._sync.model(model) if isinstance(model, str) else model
+        found = self._found(model)
         stream = await asyncio.to_thread(
             found.start_prefill, prompt, parent_key=parent_key, cache_salt=cache_salt
         )
@@ -184,24 +191,35 @@ class AsyncEngine:
         scale: float = 1.0,
         timeout_s: float | None = None,
     ) -> AdapterInfo:
-        """See :meth:`Engine.load_adapter`. Cancelling the task does not take it back."""
-        return await asyncio.to_thread(
-            self._sync.load_adapter, model, path, name=name, scale=scale, timeout_s=timeout_s
+        """See :meth:`Engine.load_adapter`. Cancelling the task takes it back, unless the adapter
+        is in effect or being attached by then.
+        """
+        return await self._change_adapters(
+            self._found(model).load_adapter, path, name=name, scale=scale, timeout_s=timeout_s
         )
 
     async def unload_adapter(
         self, model: ModelRef, name: str, *, timeout_s: float | None = None
     ) -> None:
-        """See :meth:`Engine.unload_adapter`. Cancelling the task does not take it back."""
-        await asyncio.to_thread(self._sync.unload_adapter, model, name, timeout_s=timeout_s)
+        """See :meth:`Engine.unload_adapter`; cancelling is as for :meth:`load_adapter`."""
+        await self._change_adapters(self._found(model).unload_adapter, name, timeout_s=timeout_s)
 
     async def set_adapter_scale(
         self, model: ModelRef, name: str, scale: float, *, timeout_s: float | None = None
     ) -> None:
-        """See :meth:`Engine.set_adapter_scale`. Cancelling the task does not take it back."""
-        await asyncio.to_thread(
-            self._sync.set_adapter_scale, model, name, scale, timeout_s=timeout_s
+        """See :meth:`Engine.set_adapter_scale`; cancelling is as for :meth:`load_adapter`."""
+        await self._change_adapters(
+            self._found(model).set_adapter_scale, name, scale, timeout_s=timeout_s
         )
+
+    @staticmethod
+    async def _change_adapters(call: Callable[..., _T], *arguments: Any, **options: Any) -> _T:
+        withdrawal = Withdrawal()
+        try:
+            return await asyncio.to_thread(call, *arguments, **options, withdrawal=withdrawal)
+        except asyncio.CancelledError:
+            withdrawal.ask()
+            raise
 
     async def list_adapters(self, model: ModelRef) -> list[AdapterInfo]:
         """See :meth:`Engine.list_adapters`, which waits for nobody."""

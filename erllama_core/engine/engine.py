@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final, Self
 
-from erllama_core.cache.budget import Hold
 from erllama_core.cache.cache import Cache
 from erllama_core.cache.tiers import NamedTier
 from erllama_core.config import (
@@ -56,7 +55,7 @@ from erllama_core.interfaces.telemetry import (
     RequestFinished,
 )
 from erllama_core.interfaces.tier import Tier
-from erllama_core.model.footprint import set_aside
+from erllama_core.model.footprint import Footprint, set_aside
 from erllama_core.model.loading import open_model
 from erllama_core.model.model import Model, ModelRef
 from erllama_core.model.parts import ReplySetup
@@ -223,11 +222,11 @@ class Engine(ModelCalls):
         """Load a model, with the tiers and the policy of ``config``."""
         self._models.claim(name)
         started = time.perf_counter()
-        hold: Hold | None = None
+        memory: Footprint | None = None
         try:
             provider = self.plugins.get("backend", chosen.backend)
             backend_options = structure_options(provider.config, chosen.model_opts, "model_opts")
-            hold = set_aside(name, chosen, provider, backend_options, self._cache)
+            memory = set_aside(name, chosen, provider, backend_options, self._cache)
             parts = open_model(
                 name,
                 chosen,
@@ -237,9 +236,10 @@ class Engine(ModelCalls):
                 tiers=self._usable_tiers(chosen, config),
                 policy=config.policy_for(chosen),
                 reply=self._reply_setup(chosen),
+                memory=memory,
                 tell_finished=self._teller(RequestFinished),
             )
-            model = Model(parts, self.unload, hold)
+            model = Model(parts, self.unload)
             try:
                 self._models.add(model, chosen)
             except EngineClosed:
@@ -250,8 +250,8 @@ class Engine(ModelCalls):
             if self._notifier.listens_to(ModelLoaded):
                 self._notifier.tell(ModelLoaded(model=model.info(), seconds=seconds))
         except BaseException:
-            if hold is not None:
-                hold.release()
+            if memory is not None:
+                memory.release()
             raise
         else:
             return model

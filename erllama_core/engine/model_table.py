@@ -70,9 +70,11 @@ class ModelTable:
             return list(self._models.values())
 
     def find(self, model: ModelRef) -> Model | None:
-        """The model loaded under an id; None when there is none."""
+        """The model loaded under an id, or that very model; None when it is not loaded."""
+        name = model if isinstance(model, str) else model.id
         with self._lock:
-            return self._models.get(model if isinstance(model, str) else model.id)
+            found = self._models.get(name)
+        return found if isinstance(model, str) or found is model else None
 
     def get(self, name: str) -> Model:
         """The model loaded under an id. Raises ModelNotFound."""

@@ -40,6 +40,7 @@ import attrs
 import xxhash
 
 from erllama_core.errors import CorruptBlock, UnknownFormat
+from erllama_core.prompt import TOKEN_BYTES as TOKEN_BYTES  # noqa: PLC0414 - plugins have it from here
 
 MAGIC: Final = b"ERLLAMA\0"
 FORMAT_VERSION: Final = 1
@@ -47,7 +48,6 @@ ALIGNMENT: Final = 64
 """Payloads start at a multiple of this many bytes, a cache line and the widest vector load."""
 
 KEY_BYTES: Final = 32
-TOKEN_BYTES: Final = 4
 MAX_HEADER_BYTES: Final = 1 << 20
 
 _PRELUDE: Final = struct.Struct("<8sHHIQ16sII32s32s32sIIII")

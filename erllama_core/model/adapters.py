@@ -19,6 +19,7 @@ from typing import Final
 
 import attrs
 
+from erllama_core.cache.budget import Hold
 from erllama_core.cache.space import ModelSpace
 from erllama_core.errors import (
     AdapterLoadError,
@@ -33,6 +34,7 @@ from erllama_core.errors import (
 from erllama_core.interfaces.backend import Adapter, Adapts, BackendModel, Context
 from erllama_core.interfaces.log import get_logger
 from erllama_core.model.fingerprint import file_fingerprint, file_identity
+from erllama_core.model.footprint import Footprint
 from erllama_core.model.request import Request
 from erllama_core.model.roster import Roster
 from erllama_core.model.sequences import SequencePool
@@ -50,11 +52,21 @@ class LoadedAdapter:
 
     info: AdapterInfo
     weights: Adapter
+    _memory: Hold | None = None
+    """What is set aside for the weights."""
 
     @property
     def effective_scale(self) -> float:
         """The scale as backends compute with it: a 32-bit float."""
         return as_scale(self.info.scale)
+
+    def close(self) -> None:
+        """Free the weights. Raises what the backend raises."""
+        try:
+            self.weights.close()
+        finally:
+            if self._memory is not None:
+                self._memory.release()
 
 
 Adapters = tuple[LoadedAdapter, ...]
@@ -91,41 +103,51 @@ def open_adapter(
     *,
     name: str | None,
     scale: float,
+    memory: Footprint | None,
 ) -> LoadedAdapter:
     """Read an adapter's file; nothing computes with it yet. On the caller's thread.
 
-    Raises NotSupported, AdapterLoadError; TypeError and ValueError for a scale or a name.
+    As many bytes as the file has are set aside in ``memory`` first. Raises NotSupported,
+    AdapterLoadError; TypeError and ValueError for a scale or a name.
     """
     as_scale(scale)
     file = Path(path).expanduser()
     name = adapter_name(file, name)
     if not isinstance(backend, Adapts):
         raise NotSupported(f"the backend {backend_name!r} has no adapters")
+    hold: Hold | None = None
     try:
         if not file.is_file():
             what = "is a folder" if file.is_dir() else "does not exist"
             raise AdapterLoadError(f"the adapter file {file} {what}")
         before = file.stat()
+        if memory is not None:
+            hold = memory.hold_adapter(name, before.st_size)
         fingerprint = file_fingerprint(file)
         weights = _load(backend, backend_name, file)
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        raise AdapterLoadError(f"cannot read the adapter file {file}", reason=str(error)) from error
-    except AdapterLoadError:
-        raise
-    except ModelLoadError as error:
-        reason = error.reason or str(error)
+    except BaseException as error:
+        if hold is not None:
+            hold.release()
+        if isinstance(error, OSError | ValueError):  # ValueError: a NUL in the path
+            reason = str(error)
+        elif isinstance(error, ModelLoadError) and not isinstance(error, AdapterLoadError):
+            reason = error.reason or str(error)
+        else:
+            raise
         raise AdapterLoadError(f"cannot read the adapter file {file}", reason=reason) from error
+    adapter = LoadedAdapter(
+        AdapterInfo(name=name, path=str(path), scale=float(scale), fingerprint=fingerprint.hex()),
+        weights,
+        hold,
+    )
     try:
         is_same = file_identity(file.stat()) == file_identity(before)
     except OSError:
         is_same = False
     if not is_same:
-        weights.close()
+        adapter.close()
         raise AdapterLoadError(f"the adapter file {file} was changed while it was loaded")
-    return LoadedAdapter(
-        AdapterInfo(name=name, path=str(path), scale=float(scale), fingerprint=fingerprint.hex()),
-        weights,
-    )
+    return adapter
 
 
 def _load(backend: Adapts, backend_name: str, file: Path) -> Adapter:
@@ -186,6 +208,39 @@ def names_of_state(adapters: Adapters) -> list[tuple[bytes, float]]:
     )
 
 
+class Withdrawal:
+    """Takes a change back from outside of the thread that waits for it. Thread-safe.
+
+    For callers who are told to give up while a thread works for them, as coroutines are.
+    """
+
+    def __init__(self) -> None:
+        self._lock: Final = threading.Lock()
+        self._act: Callable[[], None] | None = None
+        self._is_asked = False
+
+    def check(self) -> None:
+        """Raise AdapterTimeout when what is to be asked for is to be taken back already."""
+        if self._is_asked:
+            raise _taken_back()
+
+    def ask(self) -> None:
+        """Take the change back, now or as soon as it is asked for, unless it is being made."""
+        with self._lock:
+            self._is_asked = True
+            act = self._act
+        if act is not None:
+            act()
+
+    def arm(self, act: Callable[[], None]) -> None:
+        """``act`` takes back what was just asked for."""
+        with self._lock:
+            self._act = act
+            is_late = self._is_asked
+        if is_late:
+            act()
+
+
 class Change:
     """A change on its way to the worker. Its caller waits for it."""
 
@@ -234,6 +289,14 @@ class AdapterTable:
                 return False
             self._changes.remove(change)
             return True
+
+    def recall(self, change: Change) -> bool:
+        """:meth:`withdraw` for another thread than the one that waits, which raises then."""
+        if not self.withdraw(change):
+            return False
+        change.error = _taken_back()
+        change.done.set()
+        return True
 
     def wait(self, change: Change, timeout_s: float | None, withdrawn: Callable[[], None]) -> None:
         """Return when a change is in effect. Raises what kept it from that, AdapterTimeout.
@@ -303,7 +366,7 @@ class AdapterTable:
     def close(self) -> None:
         """Free all of them; the contexts are closed."""
         for one in self._current:
-            _free(one)
+            free_adapter(one)
 
 
 class Barrier:
@@ -416,7 +479,7 @@ class Barrier:
         kept = {id(one.weights) for one in after}
         for one in before:
             if id(one.weights) not in kept:
-                _free(one)
+                free_adapter(one)
 
 
 def _attempt(change: Change, there: Adapters) -> Adapters:
@@ -424,6 +487,10 @@ def _attempt(change: Change, there: Adapters) -> Adapters:
         return change.apply(there)
     except ErllamaError:
         return there
+
+
+def _taken_back() -> AdapterTimeout:
+    return AdapterTimeout("the change of adapters was taken back by whoever asked for it")
 
 
 def _as_refusal(error: Exception) -> ErllamaError:
@@ -434,8 +501,9 @@ def _as_refusal(error: Exception) -> ErllamaError:
     return refusal
 
 
-def _free(adapter: LoadedAdapter) -> None:
+def free_adapter(adapter: LoadedAdapter) -> None:
+    """Free what nothing computes with; trouble is logged, as nobody could do anything about it."""
     try:
-        adapter.weights.close()
+        adapter.close()
     except Exception:
         log.exception("adapter.not_freed", adapter=adapter.info.name)

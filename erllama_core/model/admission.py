@@ -65,6 +65,8 @@ class Admission:
         own = None if session is None else session.live
         if own is not None and not own.is_idle:
             return None  # the last token of the turn before is still being computed
+        if own is None and not self._pool.n_idle:
+            return None  # on most ticks of a busy model: nothing is compared for that
         nearest, common = max(
             ((live, self._pool.common(live, keys)) for live in self._pool.all),
             key=lambda found: found[1],

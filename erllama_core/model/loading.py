@@ -23,7 +23,7 @@ from erllama_core.interfaces.backend import (
     Vocabulary,
 )
 from erllama_core.interfaces.telemetry import RequestFinished
-from erllama_core.model.adapters import Adapters, open_adapter
+from erllama_core.model.adapters import Adapters, LoadedAdapter, free_adapter, open_adapter
 from erllama_core.model.fingerprint import (
     chunked_fingerprint,
     combined,
@@ -31,6 +31,7 @@ from erllama_core.model.fingerprint import (
     file_identity,
     weights_files,
 )
+from erllama_core.model.footprint import Footprint
 from erllama_core.model.parts import ModelParts, ReplySetup
 from erllama_core.model.worker import Worker, WorkerOptions
 from erllama_core.providers import BackendProvider, check_made
@@ -49,11 +50,13 @@ def open_model(
     tiers: Sequence[str],
     policy: SavePolicy,
     reply: ReplySetup,
+    memory: Footprint | None = None,
     tell_finished: Callable[[RequestFinished], None] | None = None,
 ) -> ModelParts:
     """Load the weights, open the context on a worker of its own, and join it to the cache.
 
-    Blocks until the model can take requests. Raises ModelLoadError, ConfigError; nothing is
+    Blocks until the model can take requests. ``memory`` is what was set aside for it, and is the
+    worker's to release once it serves. Raises ModelLoadError, ConfigError; nothing is
     left behind then.
     """
     path = None if config.model_path is None else _model_file(config.model_path)
@@ -67,7 +70,7 @@ def open_model(
             raise ModelLoadError(f"the model file {path} was changed while it was loaded")
         quantisation = _quantisation(config, backend)
         rendering = _rendering(backend.vocabulary)
-        adapters = _adapters(config, backend)
+        adapters = _adapters(config, backend, memory)
     except BaseException:
         backend.close()
         raise
@@ -112,6 +115,7 @@ def open_model(
             resident_cells_max=chosen.resident_cells_max,
         ),
         adapters,
+        memory,
     )
     try:
         context = _start(worker, provider)
@@ -132,6 +136,7 @@ def open_model(
         chat_template=config.chat_template or backend.chat_template,
         reply=reply,
         cache=cache,
+        memory=memory,
         tell_finished=tell_finished,
     )
 
@@ -208,12 +213,26 @@ def _quantisation(config: ModelConfig, backend: BackendModel) -> Quantisation:
     return found
 
 
-def _adapters(config: ModelConfig, backend: BackendModel) -> Adapters:
-    """The adapters that are loaded with the model; closing it frees them."""
-    return tuple(
-        open_adapter(backend, config.backend, one.path, name=one.name, scale=one.scale)
-        for one in config.adapters
-    )
+def _adapters(config: ModelConfig, backend: BackendModel, memory: Footprint | None) -> Adapters:
+    """The adapters that are loaded with the model; its worker frees them."""
+    opened: list[LoadedAdapter] = []
+    try:
+        for one in config.adapters:
+            opened.append(  # noqa: PERF401 - those before one that fails are freed
+                open_adapter(
+                    backend,
+                    config.backend,
+                    one.path,
+                    name=one.name,
+                    scale=one.scale,
+                    memory=memory,
+                )
+            )
+    except BaseException:
+        for adapter in opened:
+            free_adapter(adapter)
+        raise
+    return tuple(opened)
 
 
 def _rendering(vocabulary: Vocabulary) -> Rendering:

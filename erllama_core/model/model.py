@@ -11,7 +11,6 @@ from typing import Any, Final, Unpack
 
 import attrs
 
-from erllama_core.cache.budget import Hold
 from erllama_core.cache.policy import SavePolicy
 from erllama_core.errors import (
     CacheError,
@@ -29,6 +28,7 @@ from erllama_core.interfaces.backend import (
 from erllama_core.interfaces.log import get_logger
 from erllama_core.interfaces.telemetry import RequestFinished
 from erllama_core.model.adapters import (
+    Withdrawal,
     adapter_name,
     added,
     as_scale,
@@ -73,15 +73,12 @@ _request_ids = itertools.count(1)
 class Model:
     """Weights, a context and its worker, under an id. Thread-safe."""
 
-    def __init__(
-        self, parts: ModelParts, unload: Callable[[Model], None], memory: Hold | None = None
-    ) -> None:
+    def __init__(self, parts: ModelParts, unload: Callable[[Model], None]) -> None:
         self.id: Final = parts.id
         self._parts: Final = parts
         self._backend: Final = parts.backend
         self._worker: Final = parts.worker
         self._unload: Final = unload
-        self._memory: Final = memory
         self._append_only: Final = AppendOnlyCheck(parts.id)
         self._closed = False
         self._pid: Final = os.getpid()
@@ -292,37 +289,57 @@ class Model:
         name: str | None = None,
         scale: float = 1.0,
         timeout_s: float | None = None,
+        withdrawal: Withdrawal | None = None,
     ) -> AdapterInfo:
         """Load a LoRA adapter, under its file's name if not under another, and use it.
 
         Requests that run end with the adapters that they began with; those that come or wait
         run with this one too. Returns when it is in effect. ``timeout_s``: seconds that the
-        requests that run have to end, None for any time. Raises AdapterLoadError, AlreadyLoaded,
+        requests that run have to end, None for any time. ``withdrawal``: takes the change back, for
+        coroutines. Raises AdapterLoadError, AlreadyLoaded,
         NotSupported, AdapterTimeout, EngineClosed; nothing was changed then.
         """
         self._check_open()
         check_is_new(adapter_name(Path(path), name), self._worker.adapters)
         adapter = open_adapter(
-            self._backend, self._parts.backend_name, path, name=name, scale=scale
+            self._backend,
+            self._parts.backend_name,
+            path,
+            name=name,
+            scale=scale,
+            memory=self._parts.memory,
         )
         try:
-            self._worker.change_adapters(functools.partial(added, adapter), timeout_s)
+            self._worker.change_adapters(functools.partial(added, adapter), timeout_s, withdrawal)
         except BaseException:
             # An interrupt does not take back what is in effect by then.
             if all(one.weights is not adapter.weights for one in self._worker.adapters):
-                adapter.weights.close()
+                adapter.close()
             raise
         return adapter.info
 
-    def unload_adapter(self, name: str, *, timeout_s: float | None = None) -> None:
+    def unload_adapter(
+        self,
+        name: str,
+        *,
+        timeout_s: float | None = None,
+        withdrawal: Withdrawal | None = None,
+    ) -> None:
         """Go on without an adapter, and free it; like :meth:`load_adapter` when requests run.
 
         Raises AdapterNotFound, AdapterTimeout, EngineClosed.
         """
         self._check_open()
-        self._worker.change_adapters(functools.partial(removed, name), timeout_s)
+        self._worker.change_adapters(functools.partial(removed, name), timeout_s, withdrawal)
 
-    def set_adapter_scale(self, name: str, scale: float, *, timeout_s: float | None = None) -> None:
+    def set_adapter_scale(
+        self,
+        name: str,
+        scale: float,
+        *,
+        timeout_s: float | None = None,
+        withdrawal: Withdrawal | None = None,
+    ) -> None:
         """Have an adapter work more or less; like :meth:`load_adapter` when requests run.
 
         Raises AdapterNotFound, AdapterTimeout, EngineClosed; AdapterLoadError when the model
@@ -330,7 +347,7 @@ class Model:
         """
         self._check_open()
         as_scale(scale)
-        self._worker.change_adapters(functools.partial(scaled, name, scale), timeout_s)
+        self._worker.change_adapters(functools.partial(scaled, name, scale), timeout_s, withdrawal)
 
     def list_adapters(self) -> list[AdapterInfo]:
         """The adapters in effect, in the order in which they were loaded; waits for nobody."""
@@ -537,8 +554,6 @@ class Model:
         """What :meth:`unload` does, without telling the engine; for the engine. Idempotent."""
         self._closed = True
         self._worker.close()
-        if self._memory is not None:
-            self._memory.release()
 
     def _check_open(self) -> None:
         if self._closed:

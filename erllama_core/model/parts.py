@@ -13,6 +13,7 @@ from erllama_core.interfaces.backend import BackendModel, Context, Quantisation,
 from erllama_core.interfaces.markers import ThinkingMarkers, ToolCallMarkers
 from erllama_core.interfaces.stream import ProcessorRequest, RunningSignature
 from erllama_core.interfaces.telemetry import RequestFinished
+from erllama_core.model.footprint import Footprint
 from erllama_core.model.options import RequestOptions
 from erllama_core.model.worker import Worker
 from erllama_core.prompt import Prompt
@@ -85,5 +86,7 @@ class ModelParts:
     chat_template: str | None
     reply: ReplySetup
     cache: Cache
+    memory: Footprint | None
+    """What is set aside for it; None without a budget."""
     tell_finished: Callable[[RequestFinished], None] | None
     """Told of every request that is over, on the worker's thread; None: nobody wants to know."""

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from typing import Final
 
 from erllama_core.cache.counters import SaveReason
-from erllama_core.cache.flow import DURABLE_REASONS, SaveBuffer
 from erllama_core.cache.keys import ContextKeys
+from erllama_core.cache.passage import DURABLE_REASONS, SaveBuffer
 from erllama_core.cache.policy import SavePolicy
 from erllama_core.cache.space import ModelSpace, NewBlock
 from erllama_core.interfaces.backend import Context, KVClass, RangeExport

@@ -24,7 +24,7 @@ from typing import Final
 
 import attrs
 
-from erllama_core.cache.flow import SaveBuffer
+from erllama_core.cache.passage import SaveBuffer
 from erllama_core.cache.policy import SavePolicy
 from erllama_core.interfaces.backend import Mark
 

@@ -15,6 +15,7 @@ from typing import Final
 import attrs
 
 from erllama_core import results
+from erllama_core.cache.budget import Hold
 from erllama_core.cache.policy import SavePolicy
 from erllama_core.cache.space import ModelSpace
 from erllama_core.errors import (
@@ -26,9 +27,10 @@ from erllama_core.errors import (
 )
 from erllama_core.interfaces.backend import BackendModel, Context, KVClass
 from erllama_core.interfaces.log import get_logger, log_unexpected
-from erllama_core.model.adapters import Adapters, AdapterTable
+from erllama_core.model.adapters import Adapters, AdapterTable, Withdrawal
 from erllama_core.model.endings import as_erllama_error, close_sampler
 from erllama_core.model.explain import Finding, examine
+from erllama_core.model.footprint import Footprint
 from erllama_core.model.request import Phase, Request
 from erllama_core.model.runner import Runner
 from erllama_core.model.session import SessionTable
@@ -65,6 +67,7 @@ class Worker:
         open_space: Callable[[Context], ModelSpace],
         options: WorkerOptions,
         adapters: Adapters = (),
+        memory: Footprint | None = None,
     ) -> None:
         self.name: Final = name
         self._model: Final = model
@@ -74,10 +77,15 @@ class Worker:
         self._accepts = True
         self._sessions: Final = SessionTable()
         self._adapters: Final = AdapterTable(model, adapters)
+        self._memory: Final = memory
+        """What is set aside for the model; None without a budget."""
+        self._lost_memory: Final[dict[Runner, Hold]] = {}
+        """Of contexts that were given up and are not freed."""
         self._unfinished: Final[set[Request]] = set()
         self._asking: Final[set[threading.Event]] = set()
         """What callers wait for who had the worker do something."""
-        self._runners_alive = 0
+        self._runners: Final[set[Runner]] = set()
+        """Those whose context is not freed."""
         self._runner = self._new_runner()
         self._thread: threading.Thread | None = None
         """The one that serves; None before the first does."""
@@ -239,7 +247,10 @@ class Worker:
         return self._adapters.current
 
     def change_adapters(
-        self, apply: Callable[[Adapters], Adapters], timeout_s: float | None = None
+        self,
+        apply: Callable[[Adapters], Adapters],
+        timeout_s: float | None = None,
+        withdrawal: Withdrawal | None = None,
     ) -> None:
         """Have other adapters from now on: requests that run end first, and others wait.
 
@@ -248,12 +259,23 @@ class Worker:
         """
         if threading.current_thread() is self._thread:
             raise NotSupported("a stream processor cannot change adapters: its own request runs")
+        if withdrawal is not None:
+            withdrawal.check()
         with self._lock:
             self._check_accepts()
             change = self._adapters.ask(apply)
             self._runner.inbox.post(_nothing)
-        # Whom it held up is let in when it is taken back.
-        self._adapters.wait(change, timeout_s, lambda: self._runner.inbox.post(_nothing))
+
+        def withdrawn() -> None:  # whom it held up is let in
+            self._runner.inbox.post(_nothing)
+
+        def recall() -> None:
+            if self._adapters.recall(change):
+                withdrawn()
+
+        if withdrawal is not None:
+            withdrawal.arm(recall)
+        self._adapters.wait(change, timeout_s, withdrawn)
 
     # ------------------------------------------------------------------ state
 
@@ -417,8 +439,7 @@ class Worker:
     # ------------------------------------------------------------- the threads
 
     def _new_runner(self) -> Runner:
-        self._runners_alive += 1
-        return Runner(
+        runner = Runner(
             self.name,
             self._model,
             self._options.policy,
@@ -427,6 +448,8 @@ class Worker:
             resident_cells_max=self._options.resident_cells_max,
             ended=self._ended,
         )
+        self._runners.add(runner)
+        return runner
 
     def _launch(self, runner: Runner) -> None:
         """Have a runner live on a thread of its own."""
@@ -500,14 +523,19 @@ class Worker:
         except BaseException as error:  # noqa: BLE001 - a backend's own code
             log_unexpected(log, "model.not_freed", error, model=self.name)
         with self._lock:
-            self._runners_alive -= 1
-            last = not self._runners_alive and not self._accepts
+            self._runners.discard(runner)
+            lost_memory = self._lost_memory.pop(runner, None)
+            last = not self._runners and not self._accepts
+        if lost_memory is not None:
+            lost_memory.release()
         if last:
             self._adapters.close()
             try:
                 self._model.close()
             except BaseException as error:  # noqa: BLE001 - a backend's own code
                 log_unexpected(log, "model.not_freed", error, model=self.name)
+            if self._memory is not None:
+                self._memory.release()
         if heir is None and not runner.watch.is_abandoned:
             self._finish()
 
@@ -572,6 +600,14 @@ class Worker:
         runner.lose(error)
         with self._lock:
             heir = self._new_runner()
+        if self._memory is not None:
+            lost = self._memory.hold_lost_context()
+            with self._lock:
+                is_held = runner in self._runners
+                if is_held:
+                    self._lost_memory[runner] = lost
+            if not is_held:  # it came back meanwhile, and was freed
+                lost.release()
         self._launch(heir)
 
 

@@ -13,7 +13,8 @@ from llama_cpp import llama_cpp
 from erllama_core.errors import InvalidPrompt
 from erllama_core.interfaces.backend import Row
 
-_TOKEN: Final = np.dtype("<u4")
+TOKEN: Final = np.dtype("<u4")
+"""How tokens are packed."""
 
 _FEW_BYTES: Final = 256
 """Of a few tokens Python finds the largest sooner than numpy does."""
@@ -31,7 +32,7 @@ class Batch:
     def __init__(self, *, n_batch: int, n_seq: int, n_vocab: int) -> None:
         self._n_batch = n_batch
         self._n_vocab = n_vocab
-        self._tokens = np.zeros(n_batch, dtype=_TOKEN)
+        self._tokens = np.zeros(n_batch, dtype=TOKEN)
         self._positions = np.zeros(n_batch, dtype=np.int32)
         self._sequence_counts = np.ones(n_batch, dtype=np.int32)
         self._sequences = np.zeros(n_batch, dtype=np.uintp)
@@ -67,7 +68,7 @@ class Batch:
         order = sorted(range(len(rows)), key=[row.seq for row in rows].__getitem__)
         ordered = [rows[number] for number in order]
         packed = b"".join([row.tokens for row in ordered])
-        n_tokens = len(packed) // _TOKEN.itemsize
+        n_tokens = len(packed) // TOKEN.itemsize
         if n_tokens > self._n_batch:
             raise ValueError(
                 f"a step of more than {self._n_batch} tokens; split it, or load the model "
@@ -101,7 +102,7 @@ class Batch:
         ends = []
         offset = 0
         for row in rows:
-            count = len(row.tokens) // _TOKEN.itemsize
+            count = len(row.tokens) // TOKEN.itemsize
             end = offset + count
             np.add(self._counting[:count], row.start, out=self._positions[offset:end])
             self._sequences[offset:end] = self._pointers[row.seq]
@@ -119,7 +120,7 @@ class Batch:
 def _largest(packed: bytes) -> int:
     if len(packed) < _FEW_BYTES:
         return max(memoryview(packed).cast("I"))
-    return int(np.frombuffer(packed, dtype=_TOKEN).max())
+    return int(np.frombuffer(packed, dtype=TOKEN).max())
 
 
 def _pointer(values: np.ndarray[Any, Any], element: Any) -> Any:

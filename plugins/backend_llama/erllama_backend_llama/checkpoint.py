@@ -14,14 +14,13 @@ kept. What was measured for the pinned release:
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
 
 from erllama_backend_llama.layout import HEAD_BYTES, BlobLayout
-from erllama_backend_llama.state import RangeSizes, SequenceState
+from erllama_backend_llama.state import PooledRanges, RangeSizes, SequenceState
 from erllama_core.errors import StateRejected
 from erllama_core.interfaces.backend import RangeExport, RangeImport
 
@@ -92,10 +91,8 @@ class Rest:
         return None
 
 
-class CheckpointRanges:
+class CheckpointRanges(PooledRanges):
     """Ranges of attention cells in one pool, in and out through a sequence that is else empty."""
-
-    exports_whole: Final = False
 
     def __init__(
         self,
@@ -105,8 +102,7 @@ class CheckpointRanges:
         layout: BlobLayout,
         rest: Rest,
     ) -> None:
-        self._state = state
-        self._scratch = scratch
+        super().__init__(state, scratch)
         self._layout = layout
         self._rest = rest
         self.sizes: Final = RangeSizes(layout.range_bytes + len(rest.none), layout.bytes_per_token)
@@ -175,15 +171,3 @@ class CheckpointRanges:
             return True
         self._state.empty(target)
         return False
-
-    def zero(self, seq: int) -> bool:
-        """See the protocol. It could get any cell of the pool, so it cannot be done."""
-        del seq
-        return False
-
-    @contextlib.contextmanager
-    def _using_scratch(self) -> Iterator[int]:
-        try:
-            yield self._scratch
-        finally:
-            self._state.empty(self._scratch)

@@ -18,7 +18,7 @@ from llama_cpp import llama_cpp
 
 from erllama_backend_llama import native
 from erllama_backend_llama.adapter import NativeLock
-from erllama_backend_llama.batch import Batch
+from erllama_backend_llama.batch import TOKEN, Batch
 from erllama_backend_llama.context_params import CELL_STEP, native_params
 from erllama_backend_llama.options import Pooling
 from erllama_core.errors import (
@@ -30,7 +30,6 @@ from erllama_core.errors import (
 )
 from erllama_core.interfaces.backend import ContextOptions, PackedTokens, Row
 
-_TOKEN: Final = np.dtype("<u4")
 POOLINGS: Final[Mapping[Pooling, int]] = {
     "mean": llama_cpp.LLAMA_POOLING_TYPE_MEAN,
     "cls": llama_cpp.LLAMA_POOLING_TYPE_CLS,
@@ -94,12 +93,12 @@ class Embedder:
         missing. Raises InvalidPrompt, TextTooLong, NotSupported, DecodeFailed, EngineClosed.
         """
         packed = bytes(tokens)
-        ids = np.frombuffer(packed, dtype=_TOKEN)
+        ids = np.frombuffer(packed, dtype=TOKEN)
         if not ids.size:
             raise InvalidPrompt("there is nothing to embed: no tokens")
         if self._suffix and int(ids[-1]) not in self._suffix:
             packed += self._suffix[0].to_bytes(4, "little")
-        length = len(packed) // _TOKEN.itemsize
+        length = len(packed) // TOKEN.itemsize
         if length > self._limit:
             raise TextTooLong(length, self._limit)
         with self._lock:
@@ -141,7 +140,7 @@ class Embedder:
                     code=0,
                 )
             self._context, self._room = context, room
-            self._compute(bytes(_TOKEN.itemsize))
+            self._compute(bytes(TOKEN.itemsize))
 
     def _compute(self, packed: bytes) -> None:
         context = self._context

@@ -9,6 +9,7 @@ from typing import Any, Final
 import numpy as np
 from llama_cpp import llama_cpp
 
+from erllama_backend_llama.batch import TOKEN
 from erllama_backend_llama.candidates import Candidates, LiveRow, array_of, of_mark, of_row
 from erllama_core.errors import DecodeFailed, EngineClosed
 from erllama_core.interfaces.backend import (
@@ -18,7 +19,6 @@ from erllama_core.interfaces.backend import (
     SamplingParams,
 )
 
-_TOKEN: Final = np.dtype("<u4")
 _RANDOM_SEED: Final = 0xFFFFFFFF
 """LLAMA_DEFAULT_SEED: llama.cpp takes it as "choose one", which nobody could repeat."""
 
@@ -159,7 +159,7 @@ class LlamaSampler:
         recent = memoryview(history).cast("B")[-4 * PENALTY_WINDOW :]
         if not len(recent):
             return
-        tokens = np.frombuffer(recent, dtype=_TOKEN)
+        tokens = np.frombuffer(recent, dtype=TOKEN)
         if int(tokens.max()) >= self._n_vocab:
             self.close()
             raise ValueError(

@@ -211,7 +211,31 @@ class Ranges(Protocol):
         ...
 
 
-class UnifiedRanges:
+class PooledRanges:
+    """What all ranges in one pool of cells share: they go in and out through ``scratch``, a
+    sequence that is otherwise empty.
+    """
+
+    exports_whole: Final = False
+
+    def __init__(self, state: SequenceState, scratch: int) -> None:
+        self._state: Final = state
+        self._scratch: Final = scratch
+
+    def zero(self, seq: int) -> bool:
+        """See the protocol. It could get any cell of the pool, so it cannot be done."""
+        del seq
+        return False
+
+    @contextlib.contextmanager
+    def _using_scratch(self) -> Iterator[int]:
+        try:
+            yield self._scratch
+        finally:
+            self._state.empty(self._scratch)
+
+
+class UnifiedRanges(PooledRanges):
     """Ranges in one pool of cells, in and out through one sequence that is otherwise empty.
 
     ``window``: positions that a sliding window looks back over, 0 where there is none.
@@ -220,13 +244,10 @@ class UnifiedRanges:
     export or a cut that reaches back to them must be refused; only the size shows it.
     """
 
-    exports_whole: Final = False
-
     def __init__(
         self, state: SequenceState, *, scratch: int, sizes: RangeSizes, window: int
     ) -> None:
-        self._state = state
-        self._scratch = scratch
+        super().__init__(state, scratch)
         self._window = window
         self.sizes: Final = sizes
 
@@ -268,15 +289,3 @@ class UnifiedRanges:
             return True
         self._state.empty(target)
         return False
-
-    def zero(self, seq: int) -> bool:
-        """See the protocol. It could get any cell of the pool, so it cannot be done."""
-        del seq
-        return False
-
-    @contextlib.contextmanager
-    def _using_scratch(self) -> Iterator[int]:
-        try:
-            yield self._scratch
-        finally:
-            self._state.empty(self._scratch)

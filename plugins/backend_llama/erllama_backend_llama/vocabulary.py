@@ -14,13 +14,13 @@ import numpy as np
 import numpy.typing as npt
 from llama_cpp import llama_cpp
 
+from erllama_backend_llama.batch import TOKEN
 from erllama_backend_llama.large_stack import SMALL_TEXT_BYTES, check_runs, on_large_stack
 from erllama_core.errors import EngineClosed, InvalidPrompt, ModelLoadError
 from erllama_core.interfaces.backend import PackedTokens
 
 _T = TypeVar("_T")
 
-_TOKEN: Final = np.dtype("<u4")
 _MAX_TEXT_BYTES: Final = 2**31 - 1
 """llama.cpp counts bytes and tokens of a text in an int32."""
 
@@ -91,7 +91,7 @@ class LlamaVocabulary:
                     f"this vocabulary makes the control token {self.control_tokens[token]!r} of "
                     f"ordinary text; remove it from the text"
                 )
-        packed = tokens.astype(_TOKEN, copy=False).tobytes()
+        packed = tokens.astype(TOKEN, copy=False).tobytes()
         if add_bos and self.bos is not None and (not tokens.size or tokens[0] != self.bos):
             packed = self.bos.to_bytes(4, "little") + packed
         return packed
@@ -102,7 +102,7 @@ class LlamaVocabulary:
         A vocabulary that puts a space before every text (SPM) gets it taken off again, if the
         first piece starts with one. Raises InvalidPrompt for ids outside the vocabulary.
         """
-        ids = np.frombuffer(tokens, dtype=_TOKEN) if len(tokens) else np.empty(0, _TOKEN)
+        ids = np.frombuffer(tokens, dtype=TOKEN) if len(tokens) else np.empty(0, TOKEN)
         if ids.size and int(ids.max()) >= self.n_tokens:
             raise InvalidPrompt(
                 f"token {int(ids.max())} is outside the vocabulary of {self.n_tokens} tokens"

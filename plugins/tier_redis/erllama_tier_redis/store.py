@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final
 
 from erllama_core.errors import BlockNotFound, CacheError, TierError, TierFull
-from erllama_core.interfaces.block import Bytes, ObjectId, header_length
+from erllama_core.interfaces.block import KEY_BYTES, Bytes, ObjectId, header_length
 from erllama_core.interfaces.tier import (
     Allocate,
     FoundObject,
@@ -28,7 +28,6 @@ _HEAD_BYTES: Final = 4096
 """Read of each object in a scan; most headers are shorter."""
 _BATCH: Final = 200
 """Objects asked for at once in a scan."""
-_KEY_BYTES: Final = 32
 _MOST_MS: Final = (1 << 63) / 1_000_000
 """As nanoseconds, the first time that no clock has."""
 _LEASE_MS: Final = 30_000
@@ -344,7 +343,7 @@ class RedisTier:
             "list pins", lambda client: client.smembers(self._names.pins)
         )
         # A set of everybody's: what is of another length is no key of anything.
-        return [key for key in found if len(key) == _KEY_BYTES]
+        return [key for key in found if len(key) == KEY_BYTES]
 
     # ------------------------------------------------------------------- inside
 

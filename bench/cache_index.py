@@ -16,7 +16,7 @@ from cache_sizes import Sizes
 from figure import Figure
 
 from erllama_core import Cache, NamedTier
-from erllama_core.cache.index import Copy, Entry
+from erllama_core.cache.entry import Copy, Entry
 from erllama_core.cache.keys import ContextKeys
 from erllama_core.cache.ram import RamTier
 from erllama_core.cache.space import ModelSpace

@@ -19,7 +19,7 @@ from report import Section
 from series import Axis, Plot, Series
 
 from erllama_core import Cache, NamedTier
-from erllama_core.cache.index import Entry
+from erllama_core.cache.entry import Entry
 from erllama_core.cache.ram import RamTier
 from erllama_core.cache.space import ModelSpace
 from erllama_core.errors import CacheError

@@ -24,8 +24,6 @@ from erllama_core.cache.entry import Copy, Entry
 from erllama_core.cache.segment import Segment
 from erllama_core.interfaces.block import TOKEN_BYTES, ObjectId, ObjectKind
 
-__all__ = ["Copy", "Entry", "Index"]
-
 _KV: Final = ObjectKind.KV
 _MAX_NAMESPACES: Final = 1024
 """Namespaces that are remembered; every salt makes one."""

@@ -25,6 +25,9 @@ space := $(empty) $(empty)
 # Where mypy finds the plugins' packages, and the modules that tests share.
 export MYPYPATH := $(subst $(space),:,$(strip $(PLUGINS) tests bench fuzz))
 
+# A pytest process for each core; one that has no tests left takes some of another's.
+EVERY_CORE := -n auto --dist worksteal
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test fast long fuzz bench bench-cache bench-grammar bench-serving \
         bench-snapshots torture docs lint types clean
@@ -42,10 +45,10 @@ demo: setup
 	@$(BIN)/erllama demo
 
 test: lint types
-	$(BIN)/pytest -m "not (crash or fuzz or soak)"
+	$(BIN)/pytest $(EVERY_CORE) -m "not (crash or fuzz or soak)"
 
 fast: lint types
-	$(BIN)/pytest -m "not (crash or fuzz or soak or real_model or packaging)"
+	$(BIN)/pytest $(EVERY_CORE) -m "not (crash or fuzz or soak or real_model or packaging)"
 
 long: setup
 	$(BIN)/pytest -m "crash or fuzz or soak"

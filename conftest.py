@@ -10,6 +10,11 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+# Before llama.cpp is loaded, here and in the processes that tests start: its threads sleep where
+# they wait for one another. Otherwise they spin, for as long as the one that all wait for has no
+# core to run on, which is often where suites run side by side.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 settings.register_profile(
     "default",
     deadline=None,  # a machine that is busy elsewhere is no failure

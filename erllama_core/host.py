@@ -218,8 +218,8 @@ class PluginHost:
 
     def _discover(self, core: str | None) -> None:
         for distribution in _distributions():
-            name = distribution.name
-            version = distribution.version
+            about = distribution.metadata  # each time it is asked for, it is parsed
+            name, version = about["Name"], about["Version"]
             try:
                 points = distribution.entry_points.select(group=hookspecs.PROJECT)
             except Exception as error:  # noqa: BLE001 - damaged metadata of somebody else
@@ -383,13 +383,13 @@ def _distributions() -> Iterator[importlib.metadata.Distribution]:
             if text is None or hookspecs.PROJECT not in text:
                 continue
             # The path may hold several versions; the one that imports see comes first.
-            distribution = importlib.metadata.distribution(found.name)
-            name = normalise(distribution.name)
+            name = found.name
+            distribution = importlib.metadata.distribution(name)
         except Exception as error:  # noqa: BLE001 - damaged metadata of somebody else
             log.warning("plugin.unreadable_distribution", error=one_line(error))
             continue
-        if name not in seen:
-            seen.add(name)
+        if normalise(name) not in seen:
+            seen.add(normalise(name))
             yield distribution
 
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from erllama_core import Engine, Model, load_config
+from erllama_core import Engine, Model, PluginHost, load_config
 
 KV_CLASSES = ("span", "checkpoint", "whole")
+
+
+@functools.cache
+def installed_plugins() -> PluginHost:
+    """What is installed, looked for once: that takes longer than all else of an engine."""
+    return PluginHost()
 
 
 def make_engine(root: Path | None = None, **sections: Any) -> Engine:
@@ -17,7 +24,8 @@ def make_engine(root: Path | None = None, **sections: Any) -> Engine:
     tiers = list(config.pop("tiers", []))
     if root is not None:
         tiers.append({"name": "disk", "kind": "disk", "root": str(root)})
-    return Engine(load_config({**config, "tiers": tiers}, environ={}))
+    plugins = None if "plugins" in config else installed_plugins()
+    return Engine(load_config({**config, "tiers": tiers}, environ={}), plugins=plugins)
 
 
 def load_stub(

@@ -127,7 +127,7 @@ def test_a_read_that_hangs_is_given_up(kv_class: str) -> None:
     held.reads.clear()
     with (
         capture_logs() as logs,
-        engine_with({"held": held}, cache={"read_timeout_ms": 50}) as (engine),
+        engine_with({"held": held}, cache={"read_timeout_ms": 800}) as (engine),
     ):
         model = load_stub(engine, tier=["held"], kv_class=kv_class)
         assert engine.cache.wait_scanned(10)

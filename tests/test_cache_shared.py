@@ -300,8 +300,9 @@ class Told:
         self.cache = Cache([NamedTier("disk", "disk", self.tier)])
         assert self.cache.wait_scanned(10)
 
-    def wait_for_passes(self, count: int = 2) -> None:
-        """A pass that began after the call has ended when two have."""
+    def wait_for_passes(self, count: int = 3) -> None:
+        """A pass that began after the call is over: the third scan begins behind the second pass,
+        eviction included, and the first one may have begun before."""
         while self.passes.acquire(blocking=False):
             pass
         for _ in range(count):

@@ -66,6 +66,16 @@ def run(
     )
 
 
+def talk(config: Path, lines: Sequence[str], *options: str) -> subprocess.CompletedProcess[bytes]:
+    """What :func:`run` does, in this process: for what one of its own adds nothing to."""
+    text = "".join(f"{one}\n" for one in lines)
+    try:
+        done = CliRunner().invoke(app, ["run", "-c", str(config), *options], input=text)
+    finally:
+        structlog.reset_defaults()
+    return subprocess.CompletedProcess([], done.exit_code, done.stdout_bytes, done.stderr_bytes)
+
+
 @pytest.fixture
 def terminals() -> Iterator[list[Terminal]]:
     opened: list[Terminal] = []
@@ -103,7 +113,7 @@ def test_no_input(config: Path) -> None:
 
 def test_the_session_is_reused(config: Path) -> None:
     """A turn goes on in the cells of the one before, and /stats and /why tell."""
-    done = run(config, ["hi", "/why", "how are you?", "/why", "/stats"])
+    done = talk(config, ["hi", "/why", "how are you?", "/why", "/stats"])
     out = done.stdout.decode()
     cold, warm = out.split("Fine, thanks.\n")
     assert "cold, 0 tokens reused" in cold
@@ -119,7 +129,7 @@ def test_the_session_is_reused(config: Path) -> None:
 
 def test_reset_begins_anew(config: Path) -> None:
     """After /reset the model hears the first turn again."""
-    done = run(config, ["hi", "/reset", "hi", "/why"])
+    done = talk(config, ["hi", "/reset", "hi", "/why"])
     assert done.stdout.decode().splitlines()[:3] == [
         "Hello there!",
         "the conversation begins anew",
@@ -129,28 +139,28 @@ def test_reset_begins_anew(config: Path) -> None:
 
 def test_the_system_prompt(config: Path) -> None:
     """--system and /system put a turn before all others, /system alone takes it away."""
-    done = run(config, ["/why x", "/system", "/why x"], "--system", "Be brief.")
+    done = talk(config, ["/why x", "/system", "/why x"], "--system", "Be brief.")
     with_it, without = done.stdout.decode().split("there is no system prompt\n")
     assert "system\\nB" in with_it
     assert "user\\nx" in without
-    done = run(config, ["/system Be brief.", "/why x"])
+    done = talk(config, ["/system Be brief.", "/why x"])
     assert "system\\nB" in done.stdout.decode()
 
 
 def test_models(config: Path) -> None:
     """/models lists those of the file, /model goes on with another, --model begins with one."""
-    done = run(config, ["/models", "/model other", "/models", "/model"], "--model", "fake")
+    done = talk(config, ["/models", "/model other", "/models", "/model"], "--model", "fake")
     before, after = done.stdout.decode().split("model other\n", 1)
     assert [line[:7] for line in before.splitlines()] == ["* fake:", "  other"]
     assert [line[:7] for line in after.splitlines()[:2]] == ["  fake:", "* other"]
-    done = run(config, ["/model"], "--model", "other")
+    done = talk(config, ["/model"], "--model", "other")
     assert done.stdout == b"model other\n"
 
 
 def test_options(config: Path) -> None:
     """--set and /set choose request options for what follows."""
     lines = ["/model other", "hi", "/set response_tokens=3", "hi", "/set temperature none", "/set"]
-    done = run(config, lines, "--set", "response_tokens=5", "--set", "temperature=1.5")
+    done = talk(config, lines, "--set", "response_tokens=5", "--set", "temperature=1.5")
     out = done.stdout.decode().splitlines()
     assert (len(out[1]), len(out[3])) == (5, 3)
     assert "temperature = none" in out
@@ -161,20 +171,20 @@ def test_options(config: Path) -> None:
 
 def test_a_prompt_that_begins_with_a_slash(config: Path) -> None:
     """Two slashes are one, of a prompt."""
-    done = run(config, ["//help", "/why"])
+    done = talk(config, ["//help", "/why"])
     assert done.stdout.decode().startswith("Hello there!\n")
 
 
 def test_help_tells_every_command(config: Path) -> None:
     """/help has a line for each."""
-    out = run(config, ["/help"]).stdout.decode()
+    out = talk(config, ["/help"]).stdout.decode()
     for command in ("help", "stats", "why", "model", "system", "set", "reset", "reload", "quit"):
         assert f"/{command} " in out
 
 
 def test_leaving(config: Path) -> None:
     """/quit leaves at once; what follows is not read."""
-    assert run(config, ["/quit", "hi"]).stdout == b""
+    assert talk(config, ["/quit", "hi"]).stdout == b""
 
 
 def test_a_line_that_is_refused(config: Path) -> None:
@@ -188,7 +198,7 @@ def test_a_line_that_is_refused(config: Path) -> None:
         ("/set seed x", "an integer is needed"),
         ("x" * 3000, "/reset forgets the conversation"),
     ]
-    done = run(config, [*(line for line, _ in refusals), "hi"])
+    done = talk(config, [*(line for line, _ in refusals), "hi"])
     assert done.stdout == b"Hello there!\n"
     told = done.stderr.decode().splitlines()
     assert len(told) == len(refusals)

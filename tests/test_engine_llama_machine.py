@@ -322,8 +322,8 @@ def test_logits_are_those_of_a_cold_run(
     options: dict[str, Any],
     kv_class: str,
 ) -> None:
-    """Some hundred requests, evictions, damages, cancellations and restarts."""
-    run(monkeypatch, weights[arch], options, kv_class, examples=6, steps=25)
+    """A hundred requests, evictions, damages, cancellations and restarts."""
+    run(monkeypatch, weights[arch], options, kv_class, examples=3, steps=25)
 
 
 @pytest.mark.fuzz

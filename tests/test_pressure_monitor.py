@@ -403,10 +403,17 @@ def test_closing_does_not_wait_for_a_source_that_hangs(
 ) -> None:
     """What hangs is left behind with a warning; others are closed, and it too when it is back."""
     monkeypatch.setattr("erllama_core.pressure.sampler.time", Clock(0.0, 0.0, 61.0))
-    gate = threading.Event()
-    good, bad = Script(host(1)), Script(lambda: gate.wait(60) and host(1))
+    asked, gate = threading.Event(), threading.Event()
+
+    def hanging() -> PressureReading:
+        asked.set()
+        gate.wait(60)
+        return host(1)
+
+    good, bad = Script(host(1)), Script(hanging)
     one = watch(good, bad, answer_within_s=60)
     one.check()
+    assert asked.wait(60)
     with capture_logs() as logs:
         one.monitor.close()
     assert good.closed.is_set()
@@ -414,6 +421,22 @@ def test_closing_does_not_wait_for_a_source_that_hangs(
     assert [entry["source"] for entry in logs] == ["s1"]
     gate.set()
     assert bad.closed.wait(60)
+
+
+def test_a_question_is_dropped_when_closing_overtakes_it() -> None:
+    """Nobody waits for an answer that a closed source will not give, nor for one asked later."""
+    opened = Script(host(1))
+    sampler = Sampler("s", lambda: opened)
+    sampler._thread = threading.Thread(target=sampler._run)
+    question = sampler.ask()
+    sampler.close()
+    sampler._thread.start()
+    assert sampler.join(60)
+    for dropped in (question, sampler.ask()):
+        assert dropped.answered.is_set()
+        assert sampler.take(dropped, time.monotonic() + 60) == ()
+    assert opened.asked == 0
+    assert sampler.status.state == "new"
 
 
 @pytest.mark.parametrize("answer", ["text", 5, None, (1, 2), ((host(1), "x"),)])

@@ -15,6 +15,7 @@ from structlog.testing import capture_logs
 from erllama_backend_stub.faults import gate
 from erllama_core import Engine, load_config
 from erllama_core.cache.ram import RamTier
+from erllama_core.engine import release
 from erllama_core.errors import (
     ConfigError,
     EngineClosed,
@@ -22,11 +23,24 @@ from erllama_core.errors import (
     PluginMissing,
 )
 from erllama_core.interfaces.pressure import PressureReading
+from erllama_core.pressure import monitor
 from pressure_gauge import Gauge, gauged_engine
 from stub_engine import load_stub
 from tiny_gguf import write_tiny_gguf
 
 PROMPT = "When the oil runs short the lamps of the outer harbour are put out first, one by one. "
+
+
+@pytest.fixture(autouse=True)
+def _confirmed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing here is a moment's peak: the second reading need not wait for its end."""
+    monkeypatch.setattr(monitor, "CONFIRM_AFTER_S", 0.001)
+
+
+@pytest.fixture
+def _little_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a worker that is held until the test lets it go: any wait for it is in vain."""
+    monkeypatch.setattr(release, "RESIDENTS_TIMEOUT_S", 0.05)
 
 
 def fill(engine: Engine, model_id: str = "stub", n: int = 10, **options: Any) -> None:
@@ -190,6 +204,7 @@ def test_idle_sequences_stay_while_ram_is_enough() -> None:
         assert status.last_release.residents == 0
 
 
+@pytest.mark.usefixtures("_little_patience")
 def test_a_busy_worker_is_not_waited_for() -> None:
     """A worker in the middle of a step drops what is idle later; the check goes on."""
     gauge = Gauge(used=1000)
@@ -228,9 +243,9 @@ def test_idle_models_go_one_at_a_time_least_recently_used_first() -> None:
         engine.pressure.set_thresholds(unload_idle_models=True)
         gone = []
         for _ in range(4):
-            release = engine.pressure.force_check().last_release
-            assert release is not None
-            gone.append(release.unloaded)
+            given = engine.pressure.force_check().last_release
+            assert given is not None
+            gone.append(given.unloaded)
         assert gone[:3] == ["b", "c", "a"]
         assert engine.models() == []
         with pytest.raises(ModelNotFound):
@@ -247,6 +262,7 @@ def test_a_model_stays_while_the_tiers_free_enough() -> None:
         assert [info.id for info in engine.models()] == ["stub"]
 
 
+@pytest.mark.usefixtures("_little_patience")
 def test_a_model_at_work_is_not_idle() -> None:
     """A model in which a request runs or waits stays, and the request is answered."""
     gauge = Gauge(used=1000)
@@ -256,9 +272,9 @@ def test_a_model_at_work_is_not_idle() -> None:
         model = load_stub(engine, faults={"hang_step": 1, "hang_gate": "at work"})
         stream = model.infer(PROMPT, response_tokens=4)
         assert gate("at work").wait_reached(60)
-        release = engine.pressure.force_check().last_release
-        assert release is not None
-        assert release.unloaded == "idle"
+        given = engine.pressure.force_check().last_release
+        assert given is not None
+        assert given.unloaded == "idle"
         engine.pressure.force_check()
         assert [info.id for info in engine.models()] == ["stub"]
         gate("at work").open()

@@ -113,8 +113,15 @@ class Signals:
             self._stream.cancel()
 
     def _listen(self, heard: int, main_thread: int) -> None:
-        """Reload on SIGHUP; wake the main thread until it has taken note of SIGTERM."""
+        """Reload on SIGHUP; wake the main thread until it has taken note of SIGTERM.
+
+        SIGINT, too, may come just before the main thread begins to wait for what is typed.
+        """
         while numbers := os.read(heard, 1):
+            if numbers[0] == signal.SIGINT:
+                time.sleep(_NUDGE_S)
+                if not self._left:
+                    signal.pthread_kill(main_thread, _NUDGE)
             if numbers[0] == signal.SIGHUP:
                 self._reload()
             while numbers[0] == signal.SIGTERM and not (self.terminated or self._left):

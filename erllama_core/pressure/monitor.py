@@ -229,6 +229,8 @@ class Monitor:
             samplers = self._open()
             thresholds = self._thresholds
             readings = sample_all(samplers, self._answer_within_s)
+            if self._closed.is_set():
+                return
             high = self._high(readings, thresholds)
             release = None
             if high:

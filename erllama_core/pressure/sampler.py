@@ -29,6 +29,12 @@ class Question:
     answered: threading.Event = attrs.field(factory=threading.Event)
     readings: tuple[Reading, ...] = ()
     error: str | None = None
+    is_dropped: bool = False
+
+    def drop(self) -> None:
+        """Answer that nobody answers any more, so that who waits for it goes on."""
+        self.is_dropped = True
+        self.answered.set()
 
 
 class Sampler:
@@ -46,6 +52,8 @@ class Sampler:
         self._late: Question | None = None
         """One that was not answered in time."""
         self._thread: threading.Thread | None = None
+        self._lock: Final = threading.Lock()
+        """Nothing is asked after the end was: held while one of both is put into the queue."""
         self._closed = False
         self._status = SourceStatus(name=name, state="new", error=None, readings=())
 
@@ -58,13 +66,17 @@ class Sampler:
         """Have the source sampled; while it still owes an answer, that question again."""
         if self._last is None or self._last.answered.is_set():
             self._last = Question()
-            if self._thread is None:
-                # A daemon: one that hangs must not keep the process from ending.
-                self._thread = threading.Thread(
-                    target=self._run, name=f"erllama-pressure-{self.name}", daemon=True
-                )
-                self._thread.start()
-            self._questions.put(self._last)
+            with self._lock:
+                if self._closed:
+                    self._last.drop()
+                    return self._last
+                if self._thread is None:
+                    # A daemon: one that hangs must not keep the process from ending.
+                    self._thread = threading.Thread(
+                        target=self._run, name=f"erllama-pressure-{self.name}", daemon=True
+                    )
+                    self._thread.start()
+                self._questions.put(self._last)
         return self._last
 
     def take(self, question: Question, deadline_s: float) -> tuple[Reading, ...]:
@@ -76,6 +88,8 @@ class Sampler:
         if not question.answered.wait(left):
             self._late = question
             self._note("hanging", "it does not answer")
+        elif question.is_dropped:
+            return ()
         elif question.error is not None:
             self._note("failing", question.error)
         else:
@@ -97,9 +111,13 @@ class Sampler:
             log.info("pressure.source_recovered", source=self.name)
 
     def close(self) -> None:
-        """Have the source closed, by its own thread, when it has answered. Does not wait."""
-        self._closed = True
-        self._questions.put(None)
+        """Have the source closed, by its own thread, when it has answered. Does not wait.
+
+        What it was asked and has not begun to answer is dropped.
+        """
+        with self._lock:
+            self._closed = True
+            self._questions.put(None)
 
     def join(self, timeout_s: float) -> bool:
         """Wait until the source is closed; False when it took longer, and is left behind."""
@@ -111,7 +129,10 @@ class Sampler:
     # ---------------------------------------------------------------- the thread
 
     def _run(self) -> None:
-        while not self._closed and (question := self._questions.get()) is not None:
+        while (question := self._questions.get()) is not None:
+            if self._closed:
+                question.drop()
+                continue
             try:
                 question.readings = self._sample()
             except (Exception, SystemExit) as error:  # noqa: BLE001 - a plugin's own code

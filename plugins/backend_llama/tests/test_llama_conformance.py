@@ -12,6 +12,8 @@ from erllama_core.host import PluginHost
 from erllama_core.interfaces.backend import BackendModel, BackendRequest, ContextOptions
 from tiny_gguf import write_tiny_lora
 
+HOST = PluginHost()
+
 N_VOCAB = 288
 Tiny = Callable[..., Path]
 
@@ -29,7 +31,7 @@ class OfTinyModels(BackendConformance):
     @pytest.fixture
     def subject(self, tiny: Tiny) -> BackendSubject:
         path = tiny(self.arch)
-        provider = PluginHost().get("backend", "llama")
+        provider = HOST.get("backend", "llama")
         chosen = ContextOptions(
             n_ctx=512,
             n_seq_max=3,

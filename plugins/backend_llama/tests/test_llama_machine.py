@@ -92,7 +92,7 @@ def test_restored_state_is_exact(
     tiny: Callable[..., Path], load: Load, arch: str, options: dict[str, Any]
 ) -> None:
     """After anything that can happen to them sequences go on bit for bit."""
-    run_machine(setup_of(tiny(arch), load, arch, options, 0.0), examples=12, steps=50)
+    run_machine(setup_of(tiny(arch), load, arch, options, 0.0), examples=6, steps=50)
 
 
 @pytest.mark.parametrize(("arch", "options"), ROUNDED)
@@ -100,7 +100,7 @@ def test_restored_state_is_right(
     tiny: Callable[..., Path], load: Load, arch: str, options: dict[str, Any]
 ) -> None:
     """Where cells may lie elsewhere, the difference is that of rounding and no more."""
-    run_machine(setup_of(tiny(arch), load, arch, options, 0.06), examples=8, steps=50)
+    run_machine(setup_of(tiny(arch), load, arch, options, 0.06), examples=4, steps=50)
 
 
 @pytest.mark.fuzz

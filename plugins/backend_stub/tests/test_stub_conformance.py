@@ -11,6 +11,8 @@ from erllama_core.conformance import BackendConformance, BackendSubject
 from erllama_core.host import PluginHost
 from erllama_core.interfaces.backend import BackendModel, BackendRequest, ContextOptions
 
+HOST = PluginHost()
+
 
 class OfTheStub(BackendConformance):
     """Models without weights; each class other options."""
@@ -20,7 +22,7 @@ class OfTheStub(BackendConformance):
 
     @pytest.fixture
     def subject(self) -> BackendSubject:
-        provider = PluginHost().get("backend", "stub")
+        provider = HOST.get("backend", "stub")
         options = provider.config(**self.model_opts)
 
         def load(context: ContextOptions) -> BackendModel:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,18 +40,63 @@ libc = ctypes.CDLL(None)
 """
 
 
+FORKING = """
+import sys
+for line in sys.stdin:
+    code, variables = json.loads(line)
+    child = os.fork()
+    if not child:
+        os.environ.update(variables)
+        try:
+            exec(code)
+        except BaseException:
+            import traceback
+            print(traceback.format_exc())
+        sys.stdout.flush()
+        os._exit(0)
+    os.waitpid(child, 0)
+    print("END", flush=True)
+"""
+
+_forking: dict[Path | None, subprocess.Popen[str]] = {}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _processes_end() -> Iterator[None]:
+    yield
+    while _forking:
+        _, process = _forking.popitem()
+        with process:
+            assert process.stdin is not None
+            process.stdin.close()
+
+
 def run(code: str, driver: Path | None = None, **variables: str) -> Any:
     """The last line that ``code`` prints, as JSON; in a process of its own.
 
-    An application that does not configure structlog gets its log on standard output.
+    It is the fork of one that has imported everything and called nothing of it: the driver's
+    library is found by a variable that is read when a process starts. An application that does
+    not configure structlog gets its log on standard output.
     """
-    environ = {**os.environ, **variables}
-    environ["LD_LIBRARY_PATH"] = "" if driver is None else str(driver)
-    script = PRELUDE + textwrap.dedent(code)
-    done = subprocess.run(
-        [sys.executable, "-c", script], env=environ, check=True, capture_output=True, text=True
-    )
-    return json.loads(done.stdout.splitlines()[-1])
+    if driver not in _forking:
+        environ = {**os.environ, "LD_LIBRARY_PATH": "" if driver is None else str(driver)}
+        _forking[driver] = subprocess.Popen(
+            [sys.executable, "-c", PRELUDE + FORKING],
+            env=environ,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+    process = _forking[driver]
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(json.dumps([textwrap.dedent(code), variables]) + "\n")
+    process.stdin.flush()
+    lines = list(itertools.takewhile("END\n".__ne__, process.stdout))
+    try:
+        return json.loads(lines[-1])
+    except (IndexError, ValueError):
+        pytest.fail("".join(lines))
 
 
 def test_every_device(driver: Path) -> None:

@@ -11,6 +11,8 @@ from erllama_core.host import PluginHost
 from erllama_core.interfaces.block import ObjectId
 from erllama_tier_disk.store import FileTier
 
+HOST = PluginHost()
+
 
 class Files:
     """The store, as a file manager sees it."""
@@ -37,7 +39,7 @@ class Files:
 class TestDisk(TierConformance):
     @pytest.fixture
     def subject(self, tmp_path: Path) -> TierSubject:
-        provider = PluginHost().get("tier", "disk")
+        provider = HOST.get("tier", "disk")
         return TierSubject(
             lambda quota: provider.factory(provider.config(root=tmp_path, quota_bytes=quota)),
             survives_close=True,
@@ -48,7 +50,7 @@ class TestDisk(TierConformance):
 class TestRamFile(TierConformance):
     @pytest.fixture
     def subject(self, tmp_path: Path) -> TierSubject:
-        provider = PluginHost().get("tier", "ram_file")
+        provider = HOST.get("tier", "ram_file")
         return TierSubject(
             lambda quota: provider.factory(provider.config(root=tmp_path, quota_bytes=quota)),
             survives_close=True,

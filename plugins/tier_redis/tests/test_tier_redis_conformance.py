@@ -12,6 +12,8 @@ from erllama_core.host import PluginHost
 from erllama_core.interfaces.block import ObjectId
 from erllama_tier_redis.names import Names
 
+HOST = PluginHost()
+
 
 class Strings:
     """The server's own strings."""
@@ -34,7 +36,7 @@ class Strings:
 class TestRedis(TierConformance):
     @pytest.fixture
     def subject(self, shared_server: Any, client: redis.Redis, prefix: str) -> TierSubject:
-        provider = PluginHost().get("tier", "redis")
+        provider = HOST.get("tier", "redis")
         return TierSubject(
             lambda quota: provider.factory(
                 provider.config(url=shared_server.url, prefix=prefix, quota_bytes=quota)

@@ -142,14 +142,14 @@ WORDS: Final = (
 """Changes, of the first fields more than of others: heads and counts are there."""
 
 
-def seeds(n_objects: int) -> dict[str, bytes]:
-    """Each object of each kind untouched, and with a change of each sort."""
+def seeds(objects: Sequence[int], sorts: Sequence[int]) -> dict[str, bytes]:
+    """These objects of each kind untouched, and with a change of each of these sorts."""
     made = {}
     for number, kind in enumerate(KINDS):
-        for which in range(n_objects):
+        for which in objects:
             head = bytes([number, which])
             made[f"{kind.name}-{which}"] = head
-            for what in (0, 3, 5 + which):
+            for what in sorts:
                 change = bytes(Change(what, 3 + number + which, 1 << 31 | 50 * which))
                 made[f"{kind.name}-{which}-{what}"] = head + change
     return made

@@ -7,18 +7,20 @@ nothing else may come of it.
 
 from __future__ import annotations
 
+import itertools
 import resource
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
 from state_forging import KINDS, WORDS, Good, Kind, forged, seeds
 from target import Run, Target
-from targets_store import in_memory
+from targets_store import FORGED, in_memory, objects_of, read_root, write_root
 
-from erllama_core.errors import DecodeFailed, StateRejected
+from erllama_core import Engine
+from erllama_core.errors import DecodeFailed, NotNumbers, StateRejected
 from erllama_core.interfaces.backend import (
     BackendRequest,
     ContextOptions,
@@ -27,7 +29,9 @@ from erllama_core.interfaces.backend import (
     RangeImport,
     Row,
 )
+from erllama_core.interfaces.block import Header, decode_header, header_length
 from erllama_core.prompt import pack
+from recomputed import off_by
 from tiny_gguf import write_tiny_gguf
 
 _CUTS: Final = (0, 16, 24)
@@ -77,7 +81,7 @@ class Memory:
         context = self._context
         made = []
         if context.kv_class is not KVClass.WHOLE:
-            for start, end in zip(cuts, cuts[1:], strict=False):
+            for start, end in itertools.pairwise(cuts):
                 made.append(bytearray(context.range_bytes(seq, start, end)))
                 context.export_ranges(seq, [RangeExport(start, end, memoryview(made[-1]))])
         if context.kv_class is not KVClass.SPAN:
@@ -88,7 +92,7 @@ class Memory:
     def _import(self, seq: int, objects: list[bytes], cuts: tuple[int, ...]) -> None:
         context, left = self._context, [memoryview(one) for one in objects]
         if context.kv_class is not KVClass.WHOLE:
-            bounds = zip(cuts, cuts[1:], strict=False)
+            bounds = itertools.pairwise(cuts)
             ranges = [RangeImport(start, end, end, left.pop(0)) for start, end in bounds]
             context.import_ranges(seq, ranges)
         if left:
@@ -226,11 +230,150 @@ def _state() -> Iterator[Run]:
         yield run
 
 
+# ------------------------------------------------------- by way of a tier
+
+_PROMPT: Final = tuple((5 * n + n // 7) % 250 for n in range(72))
+_ANOTHER: Final = tuple((9 * n + 4) % 250 for n in range(72))
+"""Stored as well, of the same length, and never forged."""
+_REPLY: Final = 3
+
+
+class Stored:
+    """What a model of one kind stores of two prompts, and an engine on it with one object forged.
+
+    The engine is new each time, as it is after whoever forges has been there.
+    """
+
+    def __init__(self, kind: Kind, path: Path) -> None:
+        self._kind: Final = kind
+        self._path: Final = path
+        self._root: Final = path.with_suffix("")
+        with self._serving() as model:
+            self._cold: Final = {prompt: _said(model, prompt) for prompt in (_PROMPT, _ANOTHER)}
+        objects = objects_of(read_root(self._root))[1]
+        split = [(decode_header(one), one) for one in objects]
+        self._others: Final = [one for header, one in split if not _is_of(header, _PROMPT)]
+        its = sorted((_place(header), one) for header, one in split if _is_of(header, _PROMPT))
+        alike = {_place(header): one for header, one in split if _is_of(header, _ANOTHER)}
+        self.objects: Final = [
+            Good.between(_payload(one), _payload(alike.get(place, one))) for place, one in its
+        ]
+        self._heads: Final = [one[: header_length(one[:16])] for _, one in its]
+
+    @contextmanager
+    def _serving(self) -> Iterator[Any]:
+        config: dict[str, Any] = {
+            "tiers": [{"name": "disk", "kind": "disk", "root": str(self._root)}],
+            "models": {
+                "tiny": {
+                    "backend": "llama",
+                    "model_path": str(self._path),
+                    "tier": ["disk"],
+                    "context_opts": {
+                        "n_ctx": _CELLS,
+                        "n_seq_max": 2,
+                        "n_threads": 1,
+                        "flash_attn": False,
+                        "resident_cells_max": 0,
+                        **self._kind.context,
+                    },
+                    "policy": {
+                        "boundary_align_tokens": 32,
+                        "min_tokens": 8,
+                        "cold_min_tokens": 8,
+                        "cost_gate": "off",
+                    },
+                }
+            },
+        }
+        with Engine.from_config(config) as engine:
+            engine.cache.wait_scanned()
+            yield engine.model("tiny")
+            assert engine.flush(20)
+
+    def take(self, which: int, data: bytes) -> None:
+        """Serve from a root in which one object of a prompt is forged. Raises what is a finding."""
+        objects = [
+            head + (data if number == which else good.data)
+            for number, (head, good) in enumerate(zip(self._heads, self.objects, strict=True))
+        ]
+        shutil.rmtree(self._root)
+        write_root(self._root, FORGED + b"".join([*self._others, *objects]))
+        with self._serving() as model:
+            beside = model.infer(list(_ANOTHER), response_tokens=_REPLY)
+            with suppress(NotNumbers):  # what was restored may be any numbers, huge ones too
+                done = model.complete(list(_PROMPT), response_tokens=_REPLY)
+                restored = done.cache_delta.read
+                assert restored or data != self.objects[which].data, "good state is not used"
+                if not restored:
+                    self._check(model, _PROMPT, done)
+            self._check(model, _ANOTHER, beside.result())
+            # And whoever asks next is told what is right.
+            salted = model.complete(list(_PROMPT), response_tokens=_REPLY, cache_salt="new")
+            self._check(model, _PROMPT, salted)
+            assert model.settle(20)
+            info = model.info()
+            assert info.available_seqs == info.n_seq_max
+
+    def _check(self, model: Any, prompt: tuple[int, ...], done: Any) -> None:
+        if done.generated != self._cold[prompt]:
+            off = off_by(model, done)
+            assert off < 0.2, f"{done.generated} is off by {off}, not by rounding"
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def _said(model: Any, prompt: tuple[int, ...]) -> tuple[int, ...]:
+    generated: tuple[int, ...] = model.complete(list(prompt), response_tokens=_REPLY).generated
+    return generated
+
+
+def _is_of(header: Header, prompt: tuple[int, ...]) -> bool:
+    path = header.lead_tokens + header.tokens
+    at = header.start - len(header.lead_tokens) // 4
+    whole = pack(prompt)
+    return path[: len(whole) - 4 * at] == whole[4 * at : 4 * at + len(path)]
+
+
+def _place(header: Header) -> tuple[str, int, int]:
+    return header.kind.name, header.start, header.end
+
+
+def _payload(data: bytes) -> bytes:
+    return data[header_length(data[:16]) :]
+
+
+@contextmanager
+def _state_request() -> Iterator[Run]:
+    with _per_kind(Stored) as stored_of:
+
+        def run(data: bytes) -> None:
+            if len(data) < 2:
+                return
+            stored = stored_of(data[0] % len(KINDS))
+            which = data[1] % len(stored.objects)
+            stored.take(which, forged(stored.objects[which], data))
+
+        yield run
+
+
 TARGETS = (
+    Target(
+        name="state_request",
+        open=_state_request,
+        made=lambda: seeds((2, 5), (0,)),
+        words=WORDS,
+        seconds=20.0,
+        base_bytes=64 << 20,
+        native=True,
+        needs=("llama_cpp",),
+        quick_runs=70,
+    ),
     Target(
         name="state",
         open=_state,
-        made=lambda: seeds(3),
+        made=lambda: seeds((0, 1, 2), (0, 3, 5)),
         words=WORDS,
         seconds=20.0,
         base_bytes=64 << 20,

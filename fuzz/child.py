@@ -27,6 +27,9 @@ from watch import TookTooLong, Watched, watched
 
 _MEASURED_EVERY: Final = 16
 _KEPT: Final = 2000
+_NEVER_S: Final = 10_000_000
+"""For libFuzzer's own clock, which runs on while others have the processor. 0 would not turn it
+off: whatever is still running at its first tick would count as having hung."""
 _INSTRUMENTED: Final = (
     *("erllama_core", "erllama_tier_disk", "erllama_tier_redis", "erllama_backend_stub"),
     *("erllama_backend_llama", "erllama_pressure_system", "tomllib"),
@@ -128,7 +131,7 @@ def run_guided(target: Target, runner: Runner, seed: int, seconds: float) -> Non
             (Path(work) / name).write_bytes(data)
         options = [
             *(f"-max_total_time={max(1, int(seconds))}", f"-seed={seed or 1}"),
-            *(f"-max_len={MOST_BYTES}", "-timeout=0", "-rss_limit_mb=0", "-verbosity=0"),
+            *(f"-max_len={MOST_BYTES}", f"-timeout={_NEVER_S}", "-rss_limit_mb=0", "-verbosity=0"),
             *("-handle_abrt=0", "-handle_segv=0", "-handle_bus=0", "-handle_fpe=0"),
             *("-handle_ill=0", "-print_final_stats=0", f"-artifact_prefix={work}/"),
         ]

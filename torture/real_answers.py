@@ -21,6 +21,14 @@ place in the vocabulary is decided by that where two are all but equally likely.
 state, a block of another context or a stale one, moves logits by whole numbers.
 """
 FINE: Final = 0.05
+SEPARATE: Final = {"kv_unified": False, "n_ctx": 1024}
+"""Context options with which a reply is the same to the bit whoever runs beside it.
+
+In one pool the cells of others lie between a sequence's own, so that its sums are added up in
+another order: on the demo model that alone moves logits by up to 0.7. With cells of its own a
+sequence computes the same wherever it is and whatever it is batched with; only a prompt's token
+that is computed alone, and not with the next one, comes out otherwise.
+"""
 _TALES: Final = (
     "The keeper of the lamp climbed the stairs each evening and counted them, and wrote down ",
     "When the oil ran short, the boats of the outer harbour were called in one after another. ",

@@ -27,6 +27,8 @@ from watch import TookTooLong, Watched, watched
 
 _MEASURED_EVERY: Final = 16
 _KEPT: Final = 2000
+_FIRST: Final = 8
+"""Seeds that are run before the time of an input counts."""
 _NEVER_S: Final = 10_000_000
 """For libFuzzer's own clock, which runs on while others have the processor. 0 would not turn it
 off: whatever is still running at its first tick would count as having hung."""
@@ -75,12 +77,13 @@ class Runner:
         self.runs = 0
         self.new = 0
 
-    def run(self, data: bytes) -> bool:
+    def run(self, data: bytes, *, timed: bool = True) -> bool:
         """Whether the input is worth going on from: one that is no finding."""
         self.runs += 1
         self._progress.note(self.runs, self.new, data)
         try:
-            self._opened.run(data, measured=self.runs % _MEASURED_EVERY == 1)
+            measured = timed and self.runs % _MEASURED_EVERY == 1
+            self._opened.run(data, timed=timed, measured=measured)
         except (Exception, TookTooLong) as error:  # noqa: BLE001 - that is what is looked for
             path = self._findings.add_error(error, data)
             if path is not None:
@@ -118,6 +121,9 @@ def run_guided(target: Target, runner: Runner, seed: int, seconds: float) -> Non
 
     rng = random.Random(seed)
     seeds = list(target.seeds().values())
+    for data in seeds[:_FIRST]:
+        # What a reader imports when it is first used is instrumented then, which takes seconds.
+        runner.run(data, timed=False)
 
     def custom(data: bytes, most: int, number: int) -> bytes:
         # Half by libFuzzer's own mutations, which know what was compared with what.

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from erllama_core.errors import NotSupported, StateRejected
-from erllama_core.interfaces.backend import KVClass, RangeExport, RangeImport
+from erllama_core.interfaces.backend import KVClass, RangeExport, RangeImport, Row
 
 Bench = Callable[..., Any]
 
@@ -466,3 +466,33 @@ def test_forged_cells_are_refused_before_llama_cpp_takes_them(
         b.drop(1)
     restore(good, snapshot)
     assert held() == before
+
+
+@pytest.mark.real_model
+def test_demo_model_with_cells_of_its_own_computes_the_same_beside_others(
+    bench: Bench, demo_model_path: Path
+) -> None:
+    """A restored context goes on bit for bit as the live one does alone, whatever else is in its
+    batches; torture's ``kill`` compares replies on that ground.
+
+    llama.cpp computes as many tokens of each sequence together as the shortest row has, so beside
+    rows of one token the first one of a longer row is computed by itself.
+    """
+    options = {"kv_unified": False, "n_ctx": 512, "n_seq_max": 3}
+    alone, beside = (bench(demo_model_path, **options) for _ in range(2))
+    alone.feed(0, TOKENS[:64])
+    blocks = alone.export_chain(0, [0, 32, 64])
+    alone.feed(0, TOKENS[64:65])
+    expected = alone.feed(0, TOKENS[65:100])
+    beside.feed(0, TOKENS[9:80])
+    beside.feed(1, TOKENS[20:50])
+    beside.restore(2, blocks)
+    rows = [
+        Row(0, 71, beside.pack([5]), logits=True),
+        Row(1, 30, beside.pack([5]), logits=True),
+        Row(2, 64, beside.pack(TOKENS[64:100]), logits=True),
+    ]
+    beside.context.step(rows)
+    assert np.array_equal(beside.whole_row(beside.context.mark(2, None)), expected)
+    assert beside.export(2, 0, 64) == alone.export(0, 0, 64)
+    assert beside.export(2, 64, 100) == alone.export(0, 64, 100)

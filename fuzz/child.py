@@ -27,6 +27,11 @@ from watch import TookTooLong, Watched, watched
 
 _MEASURED_EVERY: Final = 16
 _KEPT: Final = 2000
+_FIRST: Final = 8
+"""Seeds that are run before the time of an input counts."""
+_NEVER_S: Final = 10_000_000
+"""For libFuzzer's own clock, which runs on while others have the processor. 0 would not turn it
+off: whatever is still running at its first tick would count as having hung."""
 _INSTRUMENTED: Final = (
     *("erllama_core", "erllama_tier_disk", "erllama_tier_redis", "erllama_backend_stub"),
     *("erllama_backend_llama", "erllama_pressure_system", "tomllib"),
@@ -72,12 +77,13 @@ class Runner:
         self.runs = 0
         self.new = 0
 
-    def run(self, data: bytes) -> bool:
+    def run(self, data: bytes, *, timed: bool = True) -> bool:
         """Whether the input is worth going on from: one that is no finding."""
         self.runs += 1
         self._progress.note(self.runs, self.new, data)
         try:
-            self._opened.run(data, measured=self.runs % _MEASURED_EVERY == 1)
+            measured = timed and self.runs % _MEASURED_EVERY == 1
+            self._opened.run(data, timed=timed, measured=measured)
         except (Exception, TookTooLong) as error:  # noqa: BLE001 - that is what is looked for
             path = self._findings.add_error(error, data)
             if path is not None:
@@ -115,6 +121,9 @@ def run_guided(target: Target, runner: Runner, seed: int, seconds: float) -> Non
 
     rng = random.Random(seed)
     seeds = list(target.seeds().values())
+    for data in seeds[:_FIRST]:
+        # What a reader imports when it is first used is instrumented then, which takes seconds.
+        runner.run(data, timed=False)
 
     def custom(data: bytes, most: int, number: int) -> bytes:
         # Half by libFuzzer's own mutations, which know what was compared with what.
@@ -128,7 +137,7 @@ def run_guided(target: Target, runner: Runner, seed: int, seconds: float) -> Non
             (Path(work) / name).write_bytes(data)
         options = [
             *(f"-max_total_time={max(1, int(seconds))}", f"-seed={seed or 1}"),
-            *(f"-max_len={MOST_BYTES}", "-timeout=0", "-rss_limit_mb=0", "-verbosity=0"),
+            *(f"-max_len={MOST_BYTES}", f"-timeout={_NEVER_S}", "-rss_limit_mb=0", "-verbosity=0"),
             *("-handle_abrt=0", "-handle_segv=0", "-handle_bus=0", "-handle_fpe=0"),
             *("-handle_ill=0", "-print_final_stats=0", f"-artifact_prefix={work}/"),
         ]

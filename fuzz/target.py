@@ -29,6 +29,7 @@ _MODULES: Final = (
     "targets_chat",
     "targets_grammar",
     "targets_model",
+    "targets_state",
     "targets_redis",
     "targets_requests",
     "targets_cli",

@@ -156,7 +156,7 @@ def test_what_was_measured_over_time_can_be_drawn(sample: Known, tmp_path: Path)
     path = tmp_path / "curves.json"
     path.write_text(json.dumps(curves_json(record, [sample])))
     [section] = read_json(path)
-    [memory] = [plot for plot in section.plots if plot.name == "torture-memory"]
+    [memory] = [plot for plot in section.plots if plot.name == "torture_memory"]
     assert [(one.x, one.y) for one in memory.series] == [
         ((0.0, 10.0, 20.0), (0.0, 1.0, 2.0)),
         ((0.0, 10.0), (3.0, 4.0)),

@@ -12,9 +12,9 @@ from torture.record import Round
 
 _X: Final = {"name": "requests", "unit": "", "scale": "linear"}
 _PLOTS: Final = (
-    ("torture-memory", "Memory of one engine", "memory", "MiB", ("resident MiB",)),
-    ("torture-handles", "Threads and open files", "number", "", ("threads", "open files")),
-    ("torture-waits", "Waiting times", "wait", "ms", ("median wait ms", "99th percentile ms")),
+    ("torture_memory", "Memory of one engine", "memory", "MiB", ("resident MiB",)),
+    ("torture_handles", "Threads and open files", "number", "", ("threads", "open files")),
+    ("torture_waits", "Waiting times", "wait", "ms", ("median wait ms", "99th percentile ms")),
 )
 
 

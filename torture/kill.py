@@ -21,7 +21,7 @@ from erllama_core.cli.demo_model import fetch_demo_model
 from erllama_core.interfaces.block import Header
 from torture.environment import environment
 from torture.fault import Setup
-from torture.real_answers import QUESTIONS, RealAnswers
+from torture.real_answers import QUESTIONS, SEPARATE, RealAnswers
 from torture.store import check_whole, headers, is_kept
 from torture.tally import Tally
 
@@ -85,7 +85,9 @@ class Kill:
         self._setup = setup
         self._path = setup.model_path or fetch_demo_model()
         self._n_questions = setup.times(len(QUESTIONS))
-        self._answers = RealAnswers(self._path, QUESTIONS[: self._n_questions])
+        self._answers = RealAnswers(
+            self._path, QUESTIONS[: self._n_questions], context_opts=SEPARATE
+        )
         self._root = Path(tempfile.mkdtemp(prefix="erllama-kill-"))
         self._published: dict[Path, Header] = {}
         self._rounds = 0

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from stub_engine import make_engine
-from torture.real_answers import MOST_TOKENS, QUESTIONS, load_real
+from torture.real_answers import MOST_TOKENS, QUESTIONS, SEPARATE, load_real
 
 STREAMS = 3
 _saying = threading.Lock()
@@ -47,7 +47,7 @@ def main() -> None:
     root, model_path, seed, n_questions, parent = sys.argv[1:]
     tiers = [{"name": "disk", "kind": "disk", "root": root, "rescan_interval_s": 0.2}]
     with make_engine(tiers=tiers) as engine:
-        model = load_real(engine, Path(model_path), ["disk"])
+        model = load_real(engine, Path(model_path), ["disk"], context_opts=SEPARATE)
         say(ready=True)
         askers = [
             threading.Thread(

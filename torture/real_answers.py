@@ -21,6 +21,15 @@ place in the vocabulary is decided by that where two are all but equally likely.
 state, a block of another context or a stale one, moves logits by whole numbers.
 """
 FINE: Final = 0.05
+SEPARATE: Final = {"kv_unified": False, "n_ctx": 1024}
+"""Context options with which nobody else's cells change how a reply is rounded.
+
+In one pool the cells of others lie between a sequence's own, so that its sums are added up in
+another order: on the demo model that alone moves logits by up to 0.7. With cells of its own a
+sequence computes the same wherever it is and whatever it is batched with, but for one thing: a
+prompt's token that is computed by itself comes out otherwise than together with the next one,
+and beside replies that go on llama.cpp computes the first token of each slice by itself.
+"""
 _TALES: Final = (
     "The keeper of the lamp climbed the stairs each evening and counted them, and wrote down ",
     "When the oil ran short, the boats of the outer harbour were called in one after another. ",

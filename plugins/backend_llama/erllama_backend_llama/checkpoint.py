@@ -14,11 +14,12 @@ kept. What was measured for the pinned release:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import numpy as np
 
+from erllama_backend_llama.cell_check import CellCheck
 from erllama_backend_llama.layout import HEAD_BYTES, BlobLayout
 from erllama_backend_llama.state import PooledRanges, RangeSizes, SequenceState
 from erllama_core.errors import StateRejected
@@ -37,8 +38,15 @@ class Rest:
         blob = bytearray(state.size(empty_seq, rest=True))
         state.read(empty_seq, memoryview(blob), rest=True)
         self._nothing = memoryview(bytes(blob))
+        self._cells = CellCheck(())
         self.none: Final = bytes(blob[HEAD_BYTES:])
         """How a whole state ends whose rest is empty."""
+
+    def learn(self, seq: int, cells: Callable[[bytearray], CellCheck]) -> None:
+        """Take note of how the rest is laid out that ``seq`` has now."""
+        blob = bytearray(self.size(seq))
+        self.read(seq, memoryview(blob))
+        self._cells = cells(blob)
 
     def bytes_in_state(self, seq: int) -> int:
         """Bytes at the end of the whole state that are the rest."""
@@ -68,6 +76,7 @@ class Rest:
 
     def write(self, seq: int, length: int, data: memoryview) -> None:
         """Put the rest on top of ``length`` attention cells. Raises StateRejected."""
+        self._cells.check(data, None, length)
         self._state.load(seq, data, rest=True)
         problem = self.problem_at(seq, length)
         if problem is not None:

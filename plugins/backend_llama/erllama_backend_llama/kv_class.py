@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, Final
@@ -9,6 +10,7 @@ from typing import Any, Final
 import attrs
 from llama_cpp import llama_cpp
 
+from erllama_backend_llama.cell_check import CellCheck
 from erllama_backend_llama.checkpoint import CheckpointRanges, Rest
 from erllama_backend_llama.layout import BlobLayout, v_transposed
 from erllama_backend_llama.separate import SeparateRanges
@@ -92,7 +94,9 @@ def claimed_class(model: Any, *, swa_full: bool, unified: bool) -> MemoryClass:
     return MemoryClass(kv_class, window, not llama_cpp.llama_model_is_recurrent(model))
 
 
-def _unified_ranges(state: SequenceState, *, window: int, scratch: int) -> UnifiedRanges:
+def _unified_ranges(
+    state: SequenceState, *, window: int, scratch: int, cells: CellCheck
+) -> UnifiedRanges:
     """For sequence 0, which holds PROOF_TOKENS tokens. Raises StateRejected unless sizes grow
     by the same for each token.
     """
@@ -106,7 +110,7 @@ def _unified_ranges(state: SequenceState, *, window: int, scratch: int) -> Unifi
         raise StateRejected(f"sizes of 1, 2, 3 tokens are not linear: {measured}")
     per_token = steps.pop()
     sizes = RangeSizes(fixed=measured[0] - per_token, per_token=per_token)
-    return UnifiedRanges(state, scratch=scratch, sizes=sizes, window=window)
+    return UnifiedRanges(state, scratch=scratch, sizes=sizes, window=window, cells=cells)
 
 
 def prove_span(state: SequenceState, ranges: Ranges, decode: Callable[[int, int], None]) -> None:
@@ -216,11 +220,20 @@ def prove(
             has_more_positions=has_more_positions,
         )
         claim = attrs.evolve(claim, v_transposed=transposed)
+        cells_of = functools.partial(
+            CellCheck.read,
+            tokens=PROOF_TOKENS,
+            streams=pools.streams,
+            has_more_positions=has_more_positions,
+        )
+        cells = cells_of(blob)
+        if rest is not None:
+            rest.learn(0, cells_of)
         why = None
         if claim.kv_class is not KVClass.WHOLE:
             try:
                 proved = _prove_ranges(
-                    claim, state, pools, rest, blob, has_more_positions, scratch, decode
+                    claim, state, pools, rest, blob, cells, has_more_positions, scratch, decode
                 )
             except StateRejected as error:
                 state.clear()
@@ -229,7 +242,7 @@ def prove(
             else:
                 return proved, None
         prove_whole(state)
-        snapshots = WholeSnapshots(state)
+        snapshots = WholeSnapshots(state, cells)
         return (
             attrs.evolve(
                 claim,
@@ -249,6 +262,7 @@ def _prove_ranges(
     pools: Pools,
     rest: Rest | None,
     blob: bytearray,
+    cells: CellCheck,
     has_more_positions: bool,
     scratch: int | None,
     decode: Callable[[int, int], None],
@@ -260,7 +274,7 @@ def _prove_ranges(
     if rest is not None:
         del blob[len(blob) - rest.bytes_in_state(0) :]
     elif scratch is not None:
-        unified = _unified_ranges(state, window=claim.window, scratch=scratch)
+        unified = _unified_ranges(state, window=claim.window, scratch=scratch, cells=cells)
         prove_span(state, unified, decode)
         return attrs.evolve(claim, ranges=unified)
     layout = BlobLayout.read(

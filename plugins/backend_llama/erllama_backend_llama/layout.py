@@ -79,6 +79,18 @@ class BlobLayout:
 
         Raises StateRejected where a field is not what it should be, or bytes are left over.
         """
+        layout, at = cls.read_pool(
+            blob, tokens=tokens, streams=streams, has_more_positions=has_more_positions
+        )
+        if at != len(blob):
+            raise StateRejected("an exported state goes on behind its last layer")
+        return layout
+
+    @classmethod
+    def read_pool(
+        cls, blob: bytes | bytearray, *, tokens: int, streams: int, has_more_positions: bool
+    ) -> tuple[BlobLayout, int]:
+        """The same of a state's first pool of cells, and where whatever follows it begins."""
         cell = _cell(has_more_positions)
         found = _tail(blob, tokens=tokens, streams=streams, cell=cell)
         if found is None:
@@ -97,10 +109,11 @@ class BlobLayout:
             part = _Part(data[at : at + _PART_HEAD_BYTES].copy(), width, element)
             at += _PART_HEAD_BYTES + part.bytes_of(tokens)
             parts.append(part)
-        if bytes(data[at:]) != bytes(_COUNT.size * (streams - 1)):
-            raise StateRejected("an exported state goes on behind its last layer")
+        end = at + _COUNT.size * (streams - 1)
+        if bytes(data[at:end]) != bytes(end - at):
+            raise StateRejected("an exported state has more than one sequence")
         (magic, _, _) = _HEAD.unpack_from(blob)
-        return cls(magic, streams, cell, _TAIL.pack(transposed, layers), tuple(parts))
+        return cls(magic, streams, cell, _TAIL.pack(transposed, layers), tuple(parts)), end
 
     # --------------------------------------------------------------- sizes
 
@@ -201,6 +214,38 @@ class BlobLayout:
         self._check_tail(data, at)
         return cells, at + _TAIL.size
 
+    def check_pool(self, data: Bytes, at: int, start: int | None, end: int) -> int:
+        """Raise StateRejected unless a pool at ``at`` holds the cells of positions [start, end).
+
+        ``start`` None: of some up to ``end``, as a window's are. The offset behind it.
+        """
+        if _count(data, at) != self.streams:
+            raise StateRejected("a state is of another number of streams")
+        at += _COUNT.size
+        found = None
+        for _ in range(self.streams):
+            count = _count(data, at)
+            at += _COUNT.size
+            if not count:
+                continue
+            if found is not None or count != (count if start is None else end - start):
+                raise StateRejected(f"a state says that it has {count} cells")
+            # Compared before anybody sets memory aside for so many.
+            behind = at + count * self.bytes_per_token + self._between
+            if count > end or behind > data.size:
+                raise StateRejected(f"a state says that it has {count} cells, for {end} tokens")
+            found = self._cells(data, at, end - count, end, in_order=False)
+            self._check_tail(data, at + found.nbytes)
+            at = behind
+        if found is None:
+            raise StateRejected("a state has no cells")
+        return at
+
+    @property
+    def _between(self) -> int:
+        """Bytes of a stream behind its count that are of no cell."""
+        return _TAIL.size + _PART_HEAD_BYTES * len(self.parts)
+
     def _join_range(
         self, item: RangeImport, into: Bytes, records_at: int, to: int, length: int
     ) -> None:
@@ -290,9 +335,16 @@ def _tail(
     if (cells["position"] != np.arange(tokens)).any() or (cells["ids"] != 1).any():
         return None
     transposed, layers = _TAIL.unpack_from(blob, behind)
-    if transposed not in (0, 1) or not 0 < layers < _MOST_LAYERS:
+    if transposed not in (0, 1) or layers >= _MOST_LAYERS:
         return None
     return bool(transposed), layers, behind + _TAIL.size
+
+
+def _count(data: Bytes, at: int) -> int:
+    if at + _COUNT.size > data.size:
+        raise StateRejected("a state ends early")
+    (found,) = _COUNT.unpack_from(data.data, at)
+    return int(found)
 
 
 def _put(into: Bytes, at: int, data: Bytes) -> int:

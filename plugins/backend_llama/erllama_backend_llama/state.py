@@ -24,6 +24,7 @@ import attrs
 import numpy as np
 from llama_cpp import llama_cpp
 
+from erllama_backend_llama.cell_check import CellCheck
 from erllama_core.errors import StateRejected
 from erllama_core.interfaces.backend import RangeExport, RangeImport
 
@@ -159,8 +160,9 @@ class Snapshots(Protocol):
 class WholeSnapshots:
     """Snapshots that are all of a state; they are put into sequences that are empty."""
 
-    def __init__(self, state: SequenceState) -> None:
+    def __init__(self, state: SequenceState, cells: CellCheck) -> None:
         self._state = state
+        self._cells = cells
 
     def size(self, seq: int) -> int:
         return self._state.size(seq)
@@ -169,6 +171,7 @@ class WholeSnapshots:
         self._state.read(seq, into)
 
     def write(self, seq: int, length: int, data: memoryview) -> None:
+        self._cells.check(data, None, length)
         self._state.write(seq, data, None, length)
 
 
@@ -245,9 +248,16 @@ class UnifiedRanges(PooledRanges):
     """
 
     def __init__(
-        self, state: SequenceState, *, scratch: int, sizes: RangeSizes, window: int
+        self,
+        state: SequenceState,
+        *,
+        scratch: int,
+        sizes: RangeSizes,
+        window: int,
+        cells: CellCheck,
     ) -> None:
         super().__init__(state, scratch)
+        self._cells: Final = cells
         self._window = window
         self.sizes: Final = sizes
 
@@ -270,6 +280,7 @@ class UnifiedRanges(PooledRanges):
                 raise StateRejected(
                     f"a range of {tokens} tokens has {expected} bytes here, got {item.data.nbytes}"
                 )
+            self._cells.check(item.data, item.start, item.end)
             with self._using_scratch() as scratch:
                 self._state.write(scratch, item.data, item.start, item.end)
                 self._state.share(scratch, seq, item.start, item.stop)

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from erllama_core.errors import NotSupported, StateRejected
-from erllama_core.interfaces.backend import KVClass, RangeExport, RangeImport
+from erllama_core.interfaces.backend import KVClass, RangeExport, RangeImport, Row
 
 Bench = Callable[..., Any]
 
@@ -393,3 +393,106 @@ def test_demo_model_restores_exactly(bench: Bench, demo_model_path: Path, unifie
     live.feed(0, TOKENS[:100])
     restored.restore(0, live.export_chain(0, [0, 64, 100]))
     assert np.array_equal(restored.decode(0, NEXT), live.decode(0, NEXT))
+
+
+FORGED_CELLS = [
+    (12, (1 << 28).to_bytes(4, "little")),  # another number of cells, for which memory is taken
+    (12, bytes(4)),
+    (16, (1 << 31).to_bytes(4, "little")),  # a position that nothing but a clear removes
+    (16, (7).to_bytes(4, "little")),  # one that another cell has
+    (20, (2).to_bytes(4, "little")),  # of two sequences
+    (8, (3).to_bytes(4, "little")),  # another number of pools
+]
+
+
+@pytest.mark.parametrize(("at", "value"), FORGED_CELLS)
+@pytest.mark.parametrize(
+    ("arch", "options", "weights"),
+    [
+        ("llama", {}, {}),
+        ("llama", {"kv_unified": False}, {}),
+        ("gemma3", {}, {}),
+        ("gemma3", {"kv_unified": False}, {}),
+        ("gemma3", {"swa_full": False}, {}),
+        ("lfm2", {}, {}),
+        ("lfm2", {}, {"hybrid_window": 32}),
+    ],
+    ids=str,
+)
+def test_forged_cells_are_refused_before_llama_cpp_takes_them(
+    bench: Bench,
+    tiny: Callable[..., Path],
+    arch: str,
+    options: dict[str, Any],
+    weights: dict[str, Any],
+    at: int,
+    value: bytes,
+) -> None:
+    """Cells with other positions than they should have leave nothing in the memory: a state that
+    is restored after them is again what it was, wherever the forged ones were.
+    """
+    b = bench(tiny(arch, **weights), n_ctx=256, n_seq_max=2, **options)
+    b.feed(0, TOKENS[:40])
+    has_ranges = b.context.kv_class is not KVClass.WHOLE
+    has_snapshot = b.context.kv_class is not KVClass.SPAN
+    good = b.export_chain(0, [0, 16, 40]) if has_ranges else []
+    snapshot = b.snapshot(0) if has_snapshot else b""
+
+    def forged(data: bytes) -> bytes:
+        return data[:at] + value + data[at + 4 :]
+
+    def restore(blocks: list[tuple[int, int, bytes]], last: bytes) -> None:
+        if has_ranges:
+            b.restore(1, blocks)
+        if has_snapshot:
+            b.restore_snapshot(1, 40, last)
+
+    def held() -> tuple[list[tuple[int, int, bytes]], bytes]:
+        return (
+            b.export_chain(1, [0, 16, 40]) if has_ranges else [],
+            b.snapshot(1) if has_snapshot else b"",
+        )
+
+    restore(good, snapshot)
+    before = held()
+    b.drop(1)
+    if has_ranges:
+        with pytest.raises(StateRejected):
+            restore([good[0], (16, 40, forged(good[1][2]))], snapshot)
+        b.drop(1)
+    if has_snapshot and (arch == "gemma3" or not has_ranges):  # others' has no such cells
+        with pytest.raises(StateRejected):
+            restore(good, forged(snapshot))
+        b.drop(1)
+    restore(good, snapshot)
+    assert held() == before
+
+
+@pytest.mark.real_model
+def test_demo_model_with_cells_of_its_own_computes_the_same_beside_others(
+    bench: Bench, demo_model_path: Path
+) -> None:
+    """A restored context goes on bit for bit as the live one does alone, whatever else is in its
+    batches; torture's ``kill`` compares replies on that ground.
+
+    llama.cpp computes as many tokens of each sequence together as the shortest row has, so beside
+    rows of one token the first one of a longer row is computed by itself.
+    """
+    options = {"kv_unified": False, "n_ctx": 512, "n_seq_max": 3}
+    alone, beside = (bench(demo_model_path, **options) for _ in range(2))
+    alone.feed(0, TOKENS[:64])
+    blocks = alone.export_chain(0, [0, 32, 64])
+    alone.feed(0, TOKENS[64:65])
+    expected = alone.feed(0, TOKENS[65:100])
+    beside.feed(0, TOKENS[9:80])
+    beside.feed(1, TOKENS[20:50])
+    beside.restore(2, blocks)
+    rows = [
+        Row(0, 71, beside.pack([5]), logits=True),
+        Row(1, 30, beside.pack([5]), logits=True),
+        Row(2, 64, beside.pack(TOKENS[64:100]), logits=True),
+    ]
+    beside.context.step(rows)
+    assert np.array_equal(beside.whole_row(beside.context.mark(2, None)), expected)
+    assert beside.export(2, 0, 64) == alone.export(0, 0, 64)
+    assert beside.export(2, 64, 100) == alone.export(0, 64, 100)

@@ -148,19 +148,38 @@ def test_a_model_that_is_slower_than_the_target_computes_prompts_all_the_same() 
     assert tick.n_tokens - tick.n_replies == 37
 
 
-def test_prompts_get_on_where_the_machine_has_become_slower() -> None:
-    """Slowness that replies share is not taken for the prompt's, which gets its part of a step."""
+@given(slower=st.floats(1, 20), n_replies=st.integers(1, 8))
+def test_prompts_get_on_where_the_machine_has_become_slower(slower: float, n_replies: int) -> None:
+    """Slowness that replies share is not all taken for the prompt's, which gets on."""
     composer = TickComposer(512, None, 100)
     pace = Pace()
-    pace.note(0, 2, 0.03)
-    pace.note(64, 0, 0.3)
-    active = [request(n, 5, 0, generating=True) for n in range(2)]
-    active.append(request(2, 900, 0, generating=False))
-    parts = []
-    for _ in range(30):
+    pace.note(0, n_replies, 0.03)
+    pace.note(64, 0, 0.128)
+    active = [request(n, 5, 0, generating=True) for n in range(n_replies)]
+    active.append(request(n_replies, 900, 0, generating=False))
+    shares = []
+    for _ in range(40):
         tick = composer.compose(active, pace)
         count = tick.n_tokens - tick.n_replies
-        seconds = 0.3 + count * 0.05  # ten times as long as before
-        parts.append(1 - 0.3 / seconds)
-        pace.note(count, tick.n_replies, seconds)
-    assert min(parts[-10:]) > 0.35
+        seconds = (0.03 + count * 0.002) * slower
+        shares.append(count * 0.002 * slower / seconds)
+        pace.note(count, n_replies, seconds)
+    assert min(shares[-10:]) > 0.15
+
+
+@given(slower=st.floats(1, 12))
+def test_a_prompt_that_has_become_slower_alone_does_not_halt_replies(slower: float) -> None:
+    """Behind many tokens each further one takes longer; replies still come in time."""
+    composer = TickComposer(512, None, 100)
+    pace = Pace()
+    pace.note(0, 3, 0.027)
+    pace.note(64, 0, 0.192)
+    active = [request(n, 5, 0, generating=True) for n in range(3)]
+    active.append(request(3, 900, 0, generating=False))
+    steps = []
+    for _ in range(40):
+        tick = composer.compose(active, pace)
+        count = tick.n_tokens - tick.n_replies
+        steps.append(0.027 + count * 0.003 * slower)
+        pace.note(count, 3, steps[-1])
+    assert max(steps[-10:]) <= max(0.1 + 2 * 0.027, 0.027 + 4 * 0.003 * slower)

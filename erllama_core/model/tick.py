@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Final
 
@@ -50,12 +51,12 @@ class Pace:
             # Never all of it the replies', should what they took before be off.
             self._note_rate(prompt_tokens / max(seconds - self._beside_s, seconds / 4))
         else:
-            # What slows both down, another process or more cells to look through, is shared by
-            # both: a prompt alone would have to make up for what it does not cost.
+            # Another process slows both down, the tokens behind a prompt the prompt alone. Which
+            # of it this is cannot be told: the replies are taken to have half a part in it.
             expected_s = self._beside_s + prompt_tokens / self.prefill_tokens_per_s
             change = seconds / expected_s - 1.0
             factor = 1.0 + (_SLOWER_WEIGHT if change > 0.0 else _WEIGHT) * change
-            self._beside_s *= factor
+            self._beside_s *= math.sqrt(factor)
             self.prefill_tokens_per_s /= factor
 
     def _note_rate(self, rate: float) -> None:

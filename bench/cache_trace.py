@@ -57,7 +57,7 @@ class Replay:
     """Serves requests from a cache of so many blocks."""
 
     def __init__(self, cache: Cache) -> None:
-        self._catalog: Final = cache.catalog
+        self._placement: Final = cache.placement
         self._store: Final = cache.catalog.store("ram")
         self._space: Final = ModelSpace(
             cache, namespace=NAMESPACE, kv_class=KVClass.SPAN, tiers=("ram",), align_tokens=1
@@ -86,7 +86,7 @@ class Replay:
                 keys.slice(position, position + 1),
             )
             try:
-                self._catalog.put(self._store, entry, b"", memoryview(PAYLOAD), "cold")
+                self._placement.put(self._store, entry, b"", memoryview(PAYLOAD), "cold")
             except CacheError:
                 break  # the tier is full of what this context itself needs
         return covered

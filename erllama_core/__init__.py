@@ -2,8 +2,8 @@
 
 from erllama_core.cache.budget import MemoryUse
 from erllama_core.cache.cache import Cache
-from erllama_core.cache.catalog import Evicted
 from erllama_core.cache.counters import Counters
+from erllama_core.cache.evictor import Evicted
 from erllama_core.cache.meta import BlockMeta
 from erllama_core.cache.pins import Pinned
 from erllama_core.cache.policy import SavePolicy

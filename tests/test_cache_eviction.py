@@ -135,7 +135,7 @@ class Eviction(RuleBasedStateMachine):
             before = {e: c for e in self.catalog.index if (c := e.copy_in(place)) is not None}
             covered = [self.covered(place, key) for key in self.kept_in(place)]
             allowed = self.allowed(place, before, pinned)
-            evicted = self.catalog.evict(place, 1, pinned=pinned)
+            evicted = self.cache.evictor.evict(place, 1, pinned=pinned)
             gone = [entry for entry in before if entry.copy_in(place) is not before[entry]]
             assert len(gone) == evicted.rows == (1 if allowed else 0)
             if not gone:
@@ -280,9 +280,9 @@ def test_what_nothing_stands_on_any_longer_can_go() -> None:
     for tiers, tokens in ((("a",), [0, 0]), (("a", "b"), [0])):
         store(space_of(state.cache, tiers, align=ALIGN), tokens)
         assert state.cache.flush(10)
-    state.catalog.evict(state.catalog.store("a"), 1)
+    state.cache.evictor.evict(state.catalog.store("a"), 1)
     for tiers in (("a", "b"), ("b",)):
         store(space_of(state.cache, tiers, align=ALIGN), [0, 1])
         assert state.cache.flush(10)
-    state.catalog.evict(state.catalog.store("b"), 1)
+    state.cache.evictor.evict(state.catalog.store("b"), 1)
     state.teardown()

@@ -272,7 +272,7 @@ def test_a_chain_in_several_tiers_is_one_chain() -> None:
         engine.cache.evict_bytes(6_000, ["near"])
         assert engine.flush(20)
         for copies in (engine.cache.catalog.store("ram"),):
-            engine.cache.catalog.evict(copies, 12_000)
+            engine.cache.evictor.evict(copies, 12_000)
         found = tiers_of(engine)
         assert all(found[name] for name in ("ram", "near", "far"))
         again = model.complete(PROMPT * 4, response_tokens=4)

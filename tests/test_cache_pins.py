@@ -301,7 +301,7 @@ def test_marks_do_not_outlive_their_state(cache: Cache) -> None:
     for n in range(1, 30, 4):
         saved(cache, CONTEXT[:n], "near")
     near = cache.catalog.store("near")
-    while cache.catalog.evict(near, 1).rows:
+    while cache.evictor.evict(near, 1).rows:
         for entry in cache.catalog.index:
             if entry.object_id.kind is ObjectKind.LOGITS:
                 assert covered(cache, CONTEXT[: entry.end], "near") == entry.end
@@ -323,11 +323,11 @@ def test_orphans_go_first_after_their_grace(cache: Cache) -> None:
     orphans = {e for e in cache.catalog.index if e.end > 16 or e.path[:4] == b"\xd0\0\0\0"}
     assert len(orphans) == 4  # three blocks and a mark
     now[0] += int(eviction.ORPHAN_GRACE_S * 1e9) - 1
-    cache.catalog.evict(near, 1)
+    cache.evictor.evict(near, 1)
     assert orphans <= set(cache.catalog.index)
     now[0] += 1
     for left in (3, 2, 1, 0):
-        cache.catalog.evict(near, 1)
+        cache.evictor.evict(near, 1)
         assert len(orphans & set(cache.catalog.index)) == left
     assert covered(cache, CONTEXT, "near") == 16
 
@@ -389,7 +389,7 @@ def test_a_victim_costs_the_same_whatever_cannot_go(
     for n in range(500, 700):
         saved(cache, [n, 1, 2], "near")
     near = cache.catalog.store("near")
-    assert cache.catalog.evict(near, 1).rows == 1
+    assert cache.evictor.evict(near, 1).rows == 1
     looks = 0
     plain = eviction.score_ns
 
@@ -400,7 +400,7 @@ def test_a_victim_costs_the_same_whatever_cannot_go(
 
     monkeypatch.setattr(eviction, "score_ns", counting)
     for _ in range(100):
-        assert cache.catalog.evict(near, 1).rows == 1
+        assert cache.evictor.evict(near, 1).rows == 1
     assert looks <= 6 * 100
     for entry, copy in held:
         cache.catalog.let_go(entry, copy)

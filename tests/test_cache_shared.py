@@ -404,7 +404,7 @@ def test_upkeep_spares_what_other_processes_use(tmp_path: Path) -> None:
         for object_id in ids[:5]:
             os.utime(tier.location(object_id))  # as a read by another process does
         store = cache.catalog.store("disk")
-        cache.catalog.make_room(store, tier.usage().used_bytes // 2)
+        cache.evictor.make_room(store, tier.usage().used_bytes // 2)
         assert {row.key for row in cache.dump()} == {object_id.key for object_id in ids[:5]}
         cache.gc()  # which was asked for, and spares nothing
         assert cache.dump() == []
@@ -439,7 +439,7 @@ def test_times_in_the_future_spare_nothing(tmp_path: Path) -> None:
             entry = catalog.get(object_id)
             assert entry is not None
             catalog.touch([entry])
-        catalog.make_room(catalog.store("disk"), tier.usage().used_bytes // 2)
+        cache.evictor.make_room(catalog.store("disk"), tier.usage().used_bytes // 2)
         assert {row.key for row in cache.dump()} == {object_id.key for object_id in ids[5:]}
 
 

@@ -14,10 +14,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Self
 
 from erllama_core.cache.budget import Hold, MemoryBudget, MemoryUse
-from erllama_core.cache.catalog import MARKS_SHARE, Catalog, Evicted
+from erllama_core.cache.catalog import Catalog
 from erllama_core.cache.counters import Counters
 from erllama_core.cache.discovery import Discovery, Wanted
 from erllama_core.cache.entry import Entry
+from erllama_core.cache.evictor import Evicted, Evictor
 from erllama_core.cache.flow import Flow
 from erllama_core.cache.loader import Fetch, Loader
 from erllama_core.cache.lookup import Match
@@ -27,6 +28,7 @@ from erllama_core.cache.pages import PagePool
 from erllama_core.cache.passage import Route
 from erllama_core.cache.pinning import Pinning, not_whole
 from erllama_core.cache.pins import Pinned
+from erllama_core.cache.placement import MARKS_SHARE, Placement
 from erllama_core.cache.report import Row, Usage, rows_of, usage_of
 from erllama_core.cache.scan import Scanner
 from erllama_core.cache.tiers import NamedTier, TierStore
@@ -99,16 +101,20 @@ class Cache:
         self.budget: Final = MemoryBudget(memory_budget_bytes, max_inflight_bytes)
         self._quota_holds: Final[dict[str, Hold | None]] = {}
         """By their names, what is set aside for tiers on a tmpfs."""
-        self._catalog: Final = Catalog(tiers, PagePool(POOL_IDLE_BYTES, self.budget), marks_share)
+        self._catalog: Final = Catalog(tiers, PagePool(POOL_IDLE_BYTES, self.budget))
         self._catalog.on_event = on_event
+        self._evictor: Final = Evictor(self._catalog)
+        self._placement: Final = Placement(self._catalog, self._evictor, marks_share)
         self._set_aside_for_tmpfs()
         self._pinning: Final = Pinning(self._catalog)
         self.loader_threads: Final = loader_threads
         self._loader: Final = Loader(
-            self._catalog, threads=loader_threads, timeout_s=read_timeout_s
+            self._catalog, self._placement, threads=loader_threads, timeout_s=read_timeout_s
         )
         self._flow: Final = Flow(
             self._catalog,
+            self._placement,
+            self._evictor,
             max_bytes=max_inflight_bytes,
             threads=writer_threads,
             patience_s=write_timeout_s,
@@ -150,7 +156,7 @@ class Cache:
             with contextlib.suppress(CacheError):
                 self._catalog.remove(store, object_id)
             with memoryview(payload) as view:
-                self._catalog.put(store, entry, head, view, meta.save_reason, durable=True)
+                self._placement.put(store, entry, head, view, meta.save_reason, durable=True)
         self._catalog.counters.add(f"saves_{meta.save_reason}")
         header = decode_header(head)
         return CacheKey(object_id.key), header, header.size_bytes
@@ -238,7 +244,7 @@ class Cache:
             return
         usage = store.usage()
         if usage.quota_bytes is not None and usage.used_bytes > usage.quota_bytes:
-            catalog.make_room(store, usage.used_bytes - usage.quota_bytes)
+            self._evictor.make_room(store, usage.used_bytes - usage.quota_bytes)
 
     # ---------------------------------------------------------- pins and eviction
 
@@ -296,12 +302,13 @@ class Cache:
         passed over. Unlike :meth:`evict_bytes` this hands nothing on to another tier in memory.
         Idle buffers are counted in ``bytes``.
         """
-        return self._open().free_memory(n_bytes, self._named(tiers))
+        self._open()
+        return self._evictor.free_memory(n_bytes, self._named(tiers))
 
     def free_pages(self, n_bytes: int) -> Evicted:
         """:meth:`free_memory` of all tiers in this process's memory: those that keep pages."""
         catalog = self._open()
-        return catalog.free_memory(
+        return self._evictor.free_memory(
             n_bytes, [store for store in catalog.stores.values() if store.keeps is not None]
         )
 
@@ -331,7 +338,7 @@ class Cache:
         rows = freed = 0
         for store in catalog.stores.values():
             if tiers is None or store.name in tiers or store.kind in tiers:
-                evicted = catalog.evict(store, n_bytes - freed, for_good=for_good)
+                evicted = self._evictor.evict(store, n_bytes - freed, for_good=for_good)
                 rows += evicted.rows
                 freed += evicted.bytes
         return Evicted(rows, freed)
@@ -390,6 +397,16 @@ class Cache:
     def catalog(self) -> Catalog:
         """The shared inside: index, tiers, counters."""
         return self._catalog
+
+    @property
+    def evictor(self) -> Evictor:
+        """What makes room in tiers."""
+        return self._evictor
+
+    @property
+    def placement(self) -> Placement:
+        """What puts objects into tiers."""
+        return self._placement
 
     @property
     def flow(self) -> Flow:
@@ -463,7 +480,9 @@ class Cache:
 
     def _start_upkeep(self, store: TierStore) -> None:
         if store.shared is not None:
-            self._upkeeps.append(Upkeep(self._catalog, store, store.shared, self._pinning.learn))
+            self._upkeeps.append(
+                Upkeep(self._catalog, self._evictor, store, store.shared, self._pinning.learn)
+            )
 
     def _check_fork(self) -> None:
         if os.getpid() != self._pid:

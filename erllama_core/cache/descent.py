@@ -10,6 +10,7 @@ from typing import Final
 from erllama_core.cache.catalog import Catalog
 from erllama_core.cache.entry import Copy, Entry
 from erllama_core.cache.eviction import Use, score_ns
+from erllama_core.cache.evictor import Evictor
 from erllama_core.cache.passage import Passage, Route, is_in
 from erllama_core.cache.reading import read_object
 from erllama_core.cache.tiers import TierStore
@@ -25,12 +26,12 @@ _MAX_ROUTES: Final = 1 << 16
 class Descent:
     """Passes objects from tier to tier. Thread-safe; nothing blocks but on the writer's threads."""
 
-    def __init__(self, catalog: Catalog, writer: Writer) -> None:
+    def __init__(self, catalog: Catalog, evictor: Evictor, writer: Writer) -> None:
         self._catalog: Final = catalog
         self._writer: Final = writer
         self._routes: Final[dict[bytes, tuple[Route, ...]]] = {}
         """Of every namespace that may pass objects down; the catalog's lock guards it."""
-        catalog.before_deletion = self._demote
+        evictor.before_deletion = self._demote
 
     def register(self, namespace: bytes, route: Route) -> None:
         """Have objects of a namespace passed down along a route when they are evicted."""

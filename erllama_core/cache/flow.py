@@ -12,7 +12,9 @@ from typing import Final
 from erllama_core.cache.catalog import Catalog
 from erllama_core.cache.descent import Descent
 from erllama_core.cache.entry import Entry
+from erllama_core.cache.evictor import Evictor
 from erllama_core.cache.passage import DURABLE_REASONS, Draft, Passage, Route, SaveBuffer, is_in
+from erllama_core.cache.placement import Placement
 from erllama_core.cache.tiers import TierStore
 from erllama_core.cache.writer import Writer
 from erllama_core.errors import MemoryBudgetExceeded
@@ -25,13 +27,20 @@ class Flow:
     """
 
     def __init__(
-        self, catalog: Catalog, *, max_bytes: int, threads: int, patience_s: float
+        self,
+        catalog: Catalog,
+        placement: Placement,
+        evictor: Evictor,
+        *,
+        max_bytes: int,
+        threads: int,
+        patience_s: float,
     ) -> None:
         self._catalog: Final = catalog
         self._writer: Final = Writer(
-            catalog, max_bytes=max_bytes, threads=threads, patience_s=patience_s
+            catalog, placement, max_bytes=max_bytes, threads=threads, patience_s=patience_s
         )
-        self._descent: Final = Descent(catalog, self._writer)
+        self._descent: Final = Descent(catalog, evictor, self._writer)
 
     def register(self, namespace: bytes, route: Route) -> None:
         """See :meth:`Descent.register`."""

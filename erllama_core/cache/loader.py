@@ -19,6 +19,7 @@ from erllama_core.cache.gate import Line
 from erllama_core.cache.lanes import Lane, Work
 from erllama_core.cache.lookup import Match
 from erllama_core.cache.marks import decode_mark
+from erllama_core.cache.placement import Placement
 from erllama_core.cache.reading import read_object
 from erllama_core.cache.tiers import TierStore
 from erllama_core.errors import (
@@ -120,8 +121,11 @@ class Loader:
     still being read for it is released when it comes.
     """
 
-    def __init__(self, catalog: Catalog, *, threads: int, timeout_s: float) -> None:
+    def __init__(
+        self, catalog: Catalog, placement: Placement, *, threads: int, timeout_s: float
+    ) -> None:
         self._catalog: Final = catalog
+        self._placement: Final = placement
         self._timeout_s: Final = timeout_s
         self._hangs_s: Final = timeout_s / 2
         """A read that has lasted so long when a fetch is given up is why."""
@@ -331,7 +335,7 @@ class Loader:
         try:
             if part.entry.copy_in(store) is None:
                 use = Use(self._catalog.clock(), copy.hits)
-                self._catalog.put(store, part.entry, part.head, pages, copy.save_reason, use=use)
+                self._placement.put(store, part.entry, part.head, pages, copy.save_reason, use=use)
                 self._catalog.counters.add("promotions")
         except CacheError:
             return  # the tier is full of what is worth more, or in trouble, which was logged

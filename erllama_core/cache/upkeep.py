@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Final
 
 from erllama_core.cache.catalog import Catalog
+from erllama_core.cache.evictor import Evictor
 from erllama_core.cache.scan import learn
 from erllama_core.cache.tiers import TierStore
 from erllama_core.errors import CacheError
@@ -34,11 +35,13 @@ class Upkeep:
     def __init__(
         self,
         catalog: Catalog,
+        evictor: Evictor,
         store: TierStore,
         shared: Shared,
         learn_pins: Callable[[TierStore], None],
     ) -> None:
         self._catalog: Final = catalog
+        self._evictor: Final = evictor
         self._learn_pins: Final = learn_pins
         self._store: Final = store
         self._shared: Final = shared
@@ -114,6 +117,6 @@ class Upkeep:
         try:
             usage = self._store.usage()
             if usage.quota_bytes is not None and usage.used_bytes > usage.quota_bytes:
-                self._catalog.make_room(self._store, usage.used_bytes - usage.quota_bytes)
+                self._evictor.make_room(self._store, usage.used_bytes - usage.quota_bytes)
         except CacheError:
             return  # counted and logged where it was raised

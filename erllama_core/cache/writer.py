@@ -11,6 +11,7 @@ from erllama_core.cache.catalog import Catalog
 from erllama_core.cache.durability import Unsynced
 from erllama_core.cache.lanes import Lane, Work
 from erllama_core.cache.passage import Passage, is_in
+from erllama_core.cache.placement import Placement
 from erllama_core.cache.tiers import TierStore
 from erllama_core.errors import CacheError
 from erllama_core.interfaces.block import ObjectId
@@ -27,9 +28,16 @@ class Writer:
     """
 
     def __init__(
-        self, catalog: Catalog, *, max_bytes: int, threads: int, patience_s: float
+        self,
+        catalog: Catalog,
+        placement: Placement,
+        *,
+        max_bytes: int,
+        threads: int,
+        patience_s: float,
     ) -> None:
         self._catalog: Final = catalog
+        self._placement: Final = placement
         self.patience_s: Final = patience_s
         stores = tuple(catalog.stores.values())
         self._lanes: Final = {
@@ -109,7 +117,7 @@ class Writer:
             if not self._is_reachable(passage):
                 passage.otherwise = ()
                 return
-            self._catalog.put(
+            self._placement.put(
                 store,
                 passage.entry,
                 passage.head(),

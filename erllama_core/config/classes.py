@@ -20,7 +20,7 @@ from erllama_core.cache.cache import (
     WRITE_TIMEOUT_S,
     WRITER_THREADS,
 )
-from erllama_core.cache.catalog import MARKS_SHARE
+from erllama_core.cache.placement import MARKS_SHARE
 from erllama_core.cache.policy import SavePolicy
 from erllama_core.config.converter import Prepare, Unexpected
 from erllama_core.config.structuring import dotted, structure_nested, structure_options

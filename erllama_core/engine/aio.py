@@ -9,7 +9,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, TypeVar, Unpack
 
 from erllama_core.cache.cache import Cache
-from erllama_core.cache.catalog import Evicted
+from erllama_core.cache.evictor import Evicted
 from erllama_core.cache.meta import BlockMeta
 from erllama_core.cache.pins import Pinned
 from erllama_core.cache.report import Row, Usage

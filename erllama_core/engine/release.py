@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from erllama_core.cache.cache import Cache
-from erllama_core.cache.catalog import Evicted
+from erllama_core.cache.evictor import Evicted
 from erllama_core.config import EngineConfig, evict_tier_problems
 from erllama_core.errors import ConfigProblem
 from erllama_core.host import PluginHost

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import llama_cpp
 import streams
-from bare_loop import BareLoop
 from hot_paths_floors import Floors, median_s
 from hot_paths_part import Part
 from hot_paths_sizes import Sizes
+from serving_bare import BareLoopProcess
 from serving_engine import ErllamaServer
 from serving_load import Ask
 from serving_tick import watched
@@ -35,7 +35,7 @@ def _tick(sizes: Sizes, path: Path, n_streams: int) -> list[Part]:
     n_ctx = sizes.context_tokens + TAIL_TOKENS + sizes.tick_steps + 8
     with (
         ErllamaServer(path, unified=True, n_ctx=n_ctx, n_seq=n_streams) as server,
-        BareLoop(path, unified=True, n_ctx=n_ctx, n_seq=n_streams) as loop,
+        BareLoopProcess(path, unified=True, n_ctx=n_ctx, n_seq=n_streams) as loop,
     ):
         prefix = server.prompts.ledger(0, sizes.context_tokens)
 
@@ -51,7 +51,6 @@ def _tick(sizes: Sizes, path: Path, n_streams: int) -> list[Part]:
             ]
 
         server.ask(asks_of(0))
-        state = loop.compute(asks_of(0)[0].tokens)
         decode, passes, python, bare = [], [], [], []
         for run in range(max(1, sizes.runs // 2)):
             asks = asks_of(run + 1)
@@ -60,7 +59,7 @@ def _tick(sizes: Sizes, path: Path, n_streams: int) -> list[Part]:
             decode += ticks.decode_ms
             passes += ticks.pass_ms
             python += ticks.python_ms
-            loop.fill(state, [ask.tokens for ask in asks], shared_tokens=sizes.context_tokens)
+            loop.fill([ask.tokens for ask in asks], shared_tokens=sizes.context_tokens)
             done = loop.decode(sizes.tick_steps)
             bare.append((done.seconds - done.sampling_s) / done.steps)
     floor_s = statistics.median(bare)

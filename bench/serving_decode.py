@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import attrs
-from bare_loop import BareLoop
 from figure import Figure
 from report import Section
 from series import Axis, Plot, Series
+from serving_bare import BareLoopProcess
 from serving_engine import ErllamaServer
 from serving_load import Ask, Prompts, tokens_per_s
 from serving_peer import LlamaServerPeer, PeerUnavailable
@@ -36,7 +36,7 @@ Rates = dict[Case, list[float]]
 
 
 class _Contexts:
-    """The streams' contexts, and a bare loop's state of the first."""
+    """The streams' contexts."""
 
     def __init__(self, sizes: Sizes, prompts: Prompts) -> None:
         whole = sizes.context_tokens + sizes.tail_tokens
@@ -44,7 +44,6 @@ class _Contexts:
         self.own = [prompts.ledger(number, whole) for number in range(most)]
         prefix = self.own[0][: sizes.context_tokens]
         self.shared = [prefix + prompts.tail(number, sizes.tail_tokens) for number in range(most)]
-        self.states: dict[tuple[bool, bool], Any] = {}
 
     def of(self, case: Case) -> Sequence[tuple[int, ...]]:
         return (self.shared if case.shared else self.own)[: case.streams]
@@ -52,49 +51,13 @@ class _Contexts:
 
 def measure(sizes: Sizes, path: Path, modes: tuple[bool, ...]) -> Section:
     """Rounds in which everybody takes a turn at each case."""
-    n_ctx = sizes.context_tokens + sizes.tail_tokens + sizes.decode_steps + _WARM_UP_STEPS + 1
-    shape: Any = {"n_ctx": n_ctx, "n_seq": max(sizes.streams)}
     ours: Rates = {}
     bare: Rates = {}
     peer: Rates = {}
     absent = ""
-    with contextlib.ExitStack() as stack:
-        engines = {
-            unified: stack.enter_context(ErllamaServer(path, unified=unified, **shape))
-            for unified in modes
-        }
-        loops = {
-            unified: stack.enter_context(BareLoop(path, unified=unified, **shape))
-            for unified in modes
-        }
-        contexts = _Contexts(sizes, engines[modes[0]].prompts)
-        cases = [Case(u, s, n) for u in modes for s in (True, False) for n in sizes.streams]
-        peers = {}
-        try:
-            for unified in modes:
-                peers[unified] = stack.enter_context(
-                    LlamaServerPeer(path, unified=unified, keeps_idle_slots=True, **shape)
-                )
-        except PeerUnavailable as error:
-            absent = str(error)
-        for case in cases:
-            if case.streams == max(sizes.streams):  # computed before anything is measured
-                engines[case.unified].ask(_asks(contexts, case, 2))
-        for server in peers.values():
-            server.ask([Ask(tokens=contexts.own[0], reply_tokens=1, slot=0)])
-        turns: list[tuple[Rates, Callable[[Case], float]]] = [
-            (ours, lambda case: _ours(engines[case.unified], contexts, case, sizes)),
-            (bare, lambda case: _bare(loops[case.unified], contexts, case, sizes)),
-            (peer, lambda case: _peer(peers[case.unified], contexts, case, sizes)),
-        ]
-        for number in range(sizes.decode_rounds):
-            # A round begins with another case and another contestant than the one before; those
-            # who are compared follow each other within seconds, as the machine is never even.
-            for case in cases if number % 2 else reversed(cases):
-                first = number % len(turns)
-                for rates, measured in turns[first:] + turns[:first]:
-                    if rates is not peer or (case.unified in peers and not case.shared):
-                        rates.setdefault(case, []).append(measured(case))
+    for unified in modes:
+        absent = _measure(sizes, path, unified, (ours, bare, peer)) or absent
+    cases = sorted(ours, key=lambda case: (not case.unified, not case.shared, case.streams))
     figures = _against_bare(cases, ours, bare)
     if not absent:
         figures += _against_peer(sizes, modes, ours, peer)
@@ -107,6 +70,46 @@ def measure(sizes: Sizes, path: Path, modes: tuple[bool, ...]) -> Section:
     )
 
 
+def _measure(sizes: Sizes, path: Path, unified: bool, rates: tuple[Rates, Rates, Rates]) -> str:
+    """Add the rates of all cases with such cells: ours, a bare loop's, llama-server's.
+
+    One model is loaded at a time, as in a service; see ``serving_bare``. Why there is no
+    llama-server, if there is none.
+    """
+    n_ctx = sizes.context_tokens + sizes.tail_tokens + sizes.decode_steps + _WARM_UP_STEPS + 1
+    shape: Any = {"unified": unified, "n_ctx": n_ctx, "n_seq": max(sizes.streams)}
+    absent = ""
+    with contextlib.ExitStack() as stack:
+        engine = stack.enter_context(ErllamaServer(path, **shape))
+        loop = stack.enter_context(BareLoopProcess(path, **shape))
+        contexts = _Contexts(sizes, engine.prompts)
+        cases = [Case(unified, shared, n) for shared in (True, False) for n in sizes.streams]
+        for case in cases:
+            if case.streams == max(sizes.streams):  # computed before anything is measured
+                engine.ask(_asks(contexts, case, 2))
+        turns: list[tuple[Rates, Callable[[Case], float]]] = [
+            (rates[0], lambda case: _ours(engine, contexts, case, sizes)),
+            (rates[1], lambda case: _bare(loop, contexts, case, sizes)),
+        ]
+        try:
+            server = stack.enter_context(LlamaServerPeer(path, keeps_idle_slots=True, **shape))
+        except PeerUnavailable as error:
+            absent = str(error)
+        else:
+            server.ask([Ask(tokens=contexts.own[0], reply_tokens=1, slot=0)])
+            turns.append((rates[2], lambda case: _peer(server, contexts, case, sizes)))
+        for number in range(sizes.decode_rounds):
+            # A round begins with another case and another contestant than the one before; those
+            # who are compared follow each other within seconds, as the machine is never even.
+            for case in cases if number % 2 else reversed(cases):
+                first = number % len(turns)
+                for found, measured in turns[first:] + turns[:first]:
+                    # llama-server's sequences share no cells, whatever they begin with.
+                    if found is not rates[2] or not case.shared:
+                        found.setdefault(case, []).append(measured(case))
+    return absent
+
+
 def _asks(contexts: _Contexts, case: Case, reply_tokens: int) -> list[Ask]:
     return [Ask(tokens=tokens, reply_tokens=reply_tokens) for tokens in contexts.of(case)]
 
@@ -117,7 +120,6 @@ def _ours(server: ErllamaServer, contexts: _Contexts, case: Case, sizes: Sizes) 
 
 
 def _peer(server: LlamaServerPeer, contexts: _Contexts, case: Case, sizes: Sizes) -> float:
-    """Sequences of llama-server share no cells, whatever they begin with."""
     server.spread_slot(case.streams)
     steps = _WARM_UP_STEPS + sizes.decode_steps
     asks = [
@@ -126,14 +128,8 @@ def _peer(server: LlamaServerPeer, contexts: _Contexts, case: Case, sizes: Sizes
     return tokens_per_s(server.ask(asks))
 
 
-def _bare(loop: BareLoop, contexts: _Contexts, case: Case, sizes: Sizes) -> float:
-    streams = contexts.of(case)
-    kind = (case.unified, case.shared)
-    if kind not in contexts.states:
-        contexts.states[kind] = loop.compute(streams[0])
-    loop.fill(
-        contexts.states[kind], streams, shared_tokens=sizes.context_tokens if case.shared else 0
-    )
+def _bare(loop: BareLoopProcess, contexts: _Contexts, case: Case, sizes: Sizes) -> float:
+    loop.fill(contexts.of(case), shared_tokens=sizes.context_tokens if case.shared else 0)
     loop.decode(_WARM_UP_STEPS)
     done = loop.decode(sizes.decode_steps)
     return case.streams * done.steps / done.seconds

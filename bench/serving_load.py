@@ -104,13 +104,20 @@ def all_done_s(replies: Sequence[Reply]) -> float:
 
 
 def tokens_per_s(replies: Sequence[Reply]) -> float:
-    """Of all streams together, while all of them run."""
+    """Of all streams together, while all of them run.
+
+    Of each the time from one of its tokens to another one counts: a step's tokens come one after
+    the other, so that what all brought up to a moment would lack those that just then came.
+    """
     start = max(reply.token_times[0] for reply in replies)
     end = min(reply.token_times[-1] for reply in replies)
-    tokens = sum(start < at <= end for reply in replies for at in reply.token_times)
-    if end <= start or not tokens:
-        raise RuntimeError("the streams did not run together; ask for longer replies")
-    return tokens / (end - start)
+    rates = []
+    for reply in replies:
+        times = [at for at in reply.token_times if start <= at <= end]
+        if len(times) < 2:
+            raise RuntimeError("the streams did not run together; ask for longer replies")
+        rates.append((len(times) - 1) / (times[-1] - times[0]))
+    return sum(rates)
 
 
 class Prompts:

@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bare_loop import BareLoop
 from figure import Figure
 from llama_cpp import llama_cpp
 from report import Section
+from serving_bare import BareLoopProcess
 from serving_engine import ErllamaServer
 from serving_load import Ask, Prompts
 from serving_sizes import Sizes
@@ -36,10 +36,9 @@ def measure(sizes: Sizes, path: Path) -> Section:
     read: list[Ticks] = []
     unread: list[Ticks] = []
     bare: list[float] = []
-    with ErllamaServer(path, **shape) as server, BareLoop(path, **shape) as loop:
+    with ErllamaServer(path, **shape) as server, BareLoopProcess(path, **shape) as loop:
         asks = _asks(sizes, server.prompts, streams)
         server.ask(asks)
-        state = loop.compute(asks[0].tokens)
         for _ in range(sizes.tick_runs):
             with watched(streams) as ticks:
                 server.ask(asks)
@@ -47,7 +46,7 @@ def measure(sizes: Sizes, path: Path) -> Section:
             with watched(streams) as ticks:
                 _unread(server, asks)
             unread.append(ticks)
-            loop.fill(state, [ask.tokens for ask in asks], shared_tokens=sizes.context_tokens)
+            loop.fill([ask.tokens for ask in asks], shared_tokens=sizes.context_tokens)
             done = loop.decode(sizes.tick_steps)
             bare.append(1000 * done.sampling_s / done.steps)
     figures = [

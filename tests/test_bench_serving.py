@@ -17,6 +17,9 @@ def test_throughput_counts_only_while_all_streams_run() -> None:
     """Tokens before the last stream has begun, or after the first has ended, do not count."""
     together = [reply(1.0, 2.0, 3.0, 4.0), reply(2.0, 3.0, 4.0, 5.0, 6.0)]
     assert tokens_per_s(together) == pytest.approx(2.0)
+    # In step, one a moment after the other: each has its token in every second.
+    after = [reply(1.1, 2.1, 3.1), reply(1.0, 2.0, 3.0)]
+    assert tokens_per_s(after) == pytest.approx(2.0)
     with pytest.raises(RuntimeError, match="did not run together"):
         tokens_per_s([reply(1.0, 2.0), reply(3.0, 4.0)])
 

@@ -7,6 +7,7 @@ nothing else may come of it.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import resource
 import shutil
@@ -217,15 +218,16 @@ def _per_kind(opened: Callable[[Kind, Path], Any]) -> Iterator[Callable[[int], A
 
 
 @contextmanager
-def _state() -> Iterator[Run]:
-    with _per_kind(Memory) as memory_of:
+def _forging(opened: Callable[[Kind, Path], Any]) -> Iterator[Run]:
+    """An input's first bytes choose a kind and one of its objects, the rest forges it."""
+    with _per_kind(opened) as of:
 
         def run(data: bytes) -> None:
             if len(data) < 2:
                 return
-            memory = memory_of(data[0] % len(KINDS))
-            which = data[1] % len(memory.objects)
-            memory.take(which, forged(memory.objects[which], data))
+            subject = of(data[0] % len(KINDS))
+            which = data[1] % len(subject.objects)
+            subject.take(which, forged(subject.objects[which], data))
 
         yield run
 
@@ -344,24 +346,10 @@ def _payload(data: bytes) -> bytes:
     return data[header_length(data[:16]) :]
 
 
-@contextmanager
-def _state_request() -> Iterator[Run]:
-    with _per_kind(Stored) as stored_of:
-
-        def run(data: bytes) -> None:
-            if len(data) < 2:
-                return
-            stored = stored_of(data[0] % len(KINDS))
-            which = data[1] % len(stored.objects)
-            stored.take(which, forged(stored.objects[which], data))
-
-        yield run
-
-
 TARGETS = (
     Target(
         name="state_request",
-        open=_state_request,
+        open=functools.partial(_forging, Stored),
         made=lambda: seeds((2, 5), (0,)),
         words=WORDS,
         seconds=20.0,
@@ -372,7 +360,7 @@ TARGETS = (
     ),
     Target(
         name="state",
-        open=_state,
+        open=functools.partial(_forging, Memory),
         made=lambda: seeds((0, 1, 2), (0, 3, 5)),
         words=WORDS,
         seconds=20.0,

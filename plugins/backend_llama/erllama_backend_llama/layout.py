@@ -228,7 +228,7 @@ class BlobLayout:
             at += _COUNT.size
             if not count:
                 continue
-            if found is not None or count != (count if start is None else end - start):
+            if found is not None or (start is not None and count != end - start):
                 raise StateRejected(f"a state says that it has {count} cells")
             # Compared before anybody sets memory aside for so many.
             behind = at + count * self.bytes_per_token + self._between
